@@ -1,0 +1,17 @@
+"""Pure losses: arrays in, a scalar out; at home under ``jit``, ``grad`` and ``vmap``."""
+
+from sotalign_jax.losses.affinity import cosine_affinity
+from sotalign_jax.losses.contrastive import info_nce, siglip
+from sotalign_jax.losses.divergences import cka, info_nce_divergence
+from sotalign_jax.losses.klot import KLOTInfo, klot, klot_from_affinity
+
+__all__ = [
+    "KLOTInfo",
+    "cka",
+    "cosine_affinity",
+    "info_nce",
+    "info_nce_divergence",
+    "klot",
+    "klot_from_affinity",
+    "siglip",
+]
