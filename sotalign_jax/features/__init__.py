@@ -1,0 +1,43 @@
+"""Features on disk and in memory: tables, formats, joins, splits, and the embedded data."""
+
+from sotalign_jax.features.embedded import (
+    emoji,
+    emoji_metadata,
+    emoji_table,
+    openclipart_metadata,
+    openclipart_table,
+)
+from sotalign_jax.features.formats import open_features
+from sotalign_jax.features.platonic import platonic_world
+from sotalign_jax.features.splits import Pairs, Splits, join, pair, split_pairs
+from sotalign_jax.features.store import (
+    FeatureTable,
+    Manifest,
+    MissingFileError,
+    check_finite,
+    concat,
+    open_store,
+    write_store,
+)
+
+__all__ = [
+    "FeatureTable",
+    "Manifest",
+    "MissingFileError",
+    "Pairs",
+    "Splits",
+    "check_finite",
+    "concat",
+    "emoji",
+    "emoji_metadata",
+    "emoji_table",
+    "join",
+    "open_features",
+    "open_store",
+    "openclipart_metadata",
+    "openclipart_table",
+    "pair",
+    "platonic_world",
+    "split_pairs",
+    "write_store",
+]

@@ -1,0 +1,158 @@
+"""Which rows make up the batch of a step: the same on device, on the host, and after a restart.
+
+A stream of ``rows`` rows is read in shuffled epochs. The order of an epoch is a function of the key
+and the epoch alone, so the batch of any step can be had without the steps before it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from sotalign_jax.features.store import FeatureTable
+
+__all__ = ["Batch", "Stream", "advance", "batch_rows", "first_order", "stream_batches"]
+
+T = TypeVar("T")
+
+
+class Batch(NamedTuple, Generic[T]):
+    """The three data sources, or one batch of them; ``teacher_*`` are the unpaired rows projected.
+
+    Attributes:
+        pairs_image: rows of the paired images.
+        pairs_text: rows of the paired texts; row i belongs to image row i.
+        unpaired_image: rows of the unpaired images.
+        unpaired_text: rows of the unpaired texts, in no relation to the images.
+        teacher_image: what the teacher makes of ``unpaired_image``; None where nobody asks.
+        teacher_text: what the teacher makes of ``unpaired_text``.
+    """
+
+    pairs_image: T
+    pairs_text: T
+    unpaired_image: T
+    unpaired_text: T
+    teacher_image: Any = None
+    teacher_text: Any = None
+
+
+class Stream(NamedTuple):
+    """How one source is read: ``size`` of its ``rows`` rows at a time, none twice in an epoch.
+
+    The rows left over when ``size`` does not divide ``rows`` sit out that epoch. A source no larger
+    than its batch is taken whole, in its own order.
+    """
+
+    rows: int
+    size: int
+    number: int  # tells the streams of a run apart
+
+    @classmethod
+    def of(cls, rows: int, size: int, number: int) -> Stream:
+        """A stream whose batch is at most the whole source."""
+        return cls(rows, min(rows, size), number)
+
+    @property
+    def whole(self) -> bool:
+        """Whether every batch is the whole source."""
+        return self.size == self.rows
+
+    @property
+    def epoch_steps(self) -> int:
+        """Steps in an epoch."""
+        return self.rows // self.size
+
+
+def _order(stream: Stream, key: Array, step: Int[Array, ""] | int) -> Int[Array, " rows"]:
+    """The order of the epoch that ``step`` falls in."""
+    epoch_key = jax.random.fold_in(
+        jax.random.fold_in(key, stream.number), step // stream.epoch_steps
+    )
+    return jax.random.permutation(epoch_key, stream.rows)
+
+
+def first_order(stream: Stream, key: Array, step: Int[Array, ""] | int) -> Int[Array, " rows"]:
+    """The order to start from at ``step``; nothing to carry for a stream taken whole."""
+    return jnp.arange(0) if stream.whole else _order(stream, key, step)
+
+
+def advance(stream: Stream, key: Array, step: Int[Array, ""], order: Array) -> Array:
+    """The order at ``step``, given that of the step before: a new one where an epoch begins."""
+    if stream.whole:
+        return order
+    return jax.lax.cond(
+        step % stream.epoch_steps == 0, lambda: _order(stream, key, step), lambda: order
+    )
+
+
+def batch_rows(stream: Stream, order: Array, step: Int[Array, ""] | int) -> Int[Array, " size"]:
+    """Indices of the rows of the batch of ``step``."""
+    if stream.whole:
+        return jnp.arange(stream.rows)
+    start = (step % stream.epoch_steps) * stream.size
+    return jax.lax.dynamic_slice(order, (start,), (stream.size,))
+
+
+def stream_batches(
+    tables: Batch[FeatureTable],
+    streams: tuple[Stream, Stream, Stream],
+    key: Array,
+    start: int,
+    stop: int,
+    *,
+    threads: int = 4,
+    prefetch: int = 2,
+) -> Iterator[Batch[np.ndarray]]:
+    """Batches of raw rows for the steps ``start .. stop - 1``, read ahead by background threads.
+
+    Draws exactly the rows that :func:`batch_rows` draws on device.
+
+    Args:
+        tables: the sources; the teacher's fields are ignored.
+        streams: of the pairs, the unpaired images and the unpaired texts.
+        key: the run's data key.
+        start: first step.
+        stop: one past the last step.
+        threads: reader threads, one batch each.
+        prefetch: batches held ready.
+
+    Yields:
+        A batch of float32 rows a step.
+    """
+    pairs, image, text = (_host_rows(stream, key) for stream in streams)
+
+    def read(step: int) -> Batch[np.ndarray]:
+        chosen = pairs(step)
+        return Batch(
+            tables.pairs_image.take(chosen),
+            tables.pairs_text.take(chosen),
+            tables.unpaired_image.take(image(step)),
+            tables.unpaired_text.take(text(step)),
+        )
+
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, prefetch))
+    yield from grain.MapDataset.range(start, stop).map(read).to_iter_dataset(options)
+
+
+def _host_rows(stream: Stream, key: Array) -> Callable[[int], np.ndarray]:
+    """`batch_rows` on the host, remembering the orders of the epochs in flight."""
+
+    @functools.lru_cache(maxsize=2)
+    def order(epoch: int) -> np.ndarray:
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            return np.asarray(_order(stream, key, epoch * stream.epoch_steps))
+
+    def rows(step: int) -> np.ndarray:
+        if stream.whole:
+            return np.arange(stream.rows)
+        epoch, slot = divmod(step, stream.epoch_steps)
+        return order(epoch)[slot * stream.size : (slot + 1) * stream.size]
+
+    return rows
