@@ -23,4 +23,5 @@ def unit_rows(rows) -> Float[Array, "n d"]:
     scale = jax.lax.stop_gradient(jnp.max(jnp.abs(rows), axis=-1, keepdims=True))
     scaled = rows / jnp.where(scale > 0, scale, 1.0)
     square = jnp.sum(scaled * scaled, axis=-1, keepdims=True)
-    return scaled * jax.lax.rsqrt(jnp.where(square > 0, square, 1.0))
+    inverse = jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+    return scaled * inverse

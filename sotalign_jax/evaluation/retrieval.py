@@ -48,14 +48,15 @@ def retrieval_metrics(
 
         * ``t2i/recall@k``, ``i2t/recall@k`` and their mean ``mean_recall@k`` for every k;
         * ``t2i/median_rank``, ``i2t/median_rank``, 1 is best;
-        * ``foscttm``: fraction of wrong candidates closer than the true partner, ties half, averaged
-          over all (image, text) pairs and then over both directions; 0 is perfect, 0.5 is chance;
+        * ``foscttm``: fraction of wrong candidates closer than the true partner, ties half,
+          averaged over all (image, text) pairs and then over both directions; 0 is perfect, 0.5 is
+          chance;
         * ``n_images``, ``n_texts``.
 
     Raises:
-        ValueError: embeddings hold NaN or infinity, differ in dimension, or are fewer than 2 images;
-            ``text_to_image`` has the wrong length, an id out of range, or leaves an image without
-            text; a k or ``chunk_size`` is below 1.
+        ValueError: embeddings hold NaN or infinity or differ in dimension; fewer than 2 images;
+            ``text_to_image`` has the wrong length, ids that are no integers or out of range, or
+            leaves an image without text; a k or ``chunk_size`` is below 1.
 
     References:
         Karpathy and Fei-Fei (CVPR 2015) for the any-hit protocol; FOSCTTM after Liu et al. (WABI
@@ -110,12 +111,15 @@ def _check(image, text, text_to_image) -> np.ndarray:
     if text_to_image is None:
         if n != m:
             raise ValueError(
-                f"text_to_image: needed where {m} texts face {n} images; one to one takes equal numbers"
+                f"text_to_image: needed where {m} texts face {n} images; "
+                "without it the two must be equally many, one to one"
             )
         return np.arange(n)
     owner = np.asarray(text_to_image)
     if owner.shape != (m,):
         raise ValueError(f"text_to_image: shape {owner.shape}; one image row per text, ({m},)")
+    if not np.issubdtype(owner.dtype, np.integer):
+        raise ValueError(f"text_to_image: dtype {owner.dtype}; row numbers must be integers")
     outside = np.flatnonzero((owner < 0) | (owner >= n))
     if len(outside):
         first = outside[0]
@@ -163,12 +167,12 @@ def _rivals(
     padding = -total % chunk
     rows, rows_owner = (np.pad(ids, (0, padding)).astype(np.int32) for ids in (rows, rows_owner))
     targets = np.pad(targets, ((0, padding), (0, 0)), constant_values=-1).astype(np.int32)
-    gallery_owner = jnp.asarray(gallery_owner, jnp.int32)
+    owners = jnp.asarray(gallery_owner, jnp.int32)
     doubled = [
         _rivals_of_chunk(
             queries,
             gallery,
-            gallery_owner,
+            owners,
             rows[start : start + chunk],
             rows_owner[start : start + chunk],
             targets[start : start + chunk],
@@ -183,9 +187,9 @@ def _rivals_of_chunk(
     queries: Float[Array, "q d"],
     gallery: Float[Array, "g d"],
     gallery_owner: Int[Array, "g"],
-    rows: Int[ArrayLike, "c"],
-    rows_owner: Int[ArrayLike, "c"],
-    targets: Int[ArrayLike, "c s"],
+    rows: Int[np.ndarray | Array, "c"],
+    rows_owner: Int[np.ndarray | Array, "c"],
+    targets: Int[np.ndarray | Array, "c s"],
 ) -> Int[Array, "c s"]:
     """Twice the number of wrong gallery entries above each target, a tie counting half.
 

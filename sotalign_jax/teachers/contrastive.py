@@ -36,15 +36,16 @@ def contrastive(
 ) -> LinearTeacher:
     """Linear maps trained on the pairs with SigLIP or InfoNCE, by Lion under one compiled scan.
 
-    Minimises the loss of ``(unit_rows(image) - image_mean) @ Wx`` against the same of the texts, both
-    L2-normalised inside the loss. The logarithm of the logit scale is learned, and SigLIP's bias;
-    the learning rate warms up linearly over the first tenth of the steps and falls to 0 by a cosine.
+    Minimises the loss of ``(unit_rows(image) - image_mean) @ Wx`` against the same of the texts,
+    both L2-normalised inside the loss. The logarithm of the logit scale is learned, and SigLIP's
+    bias; the learning rate warms up linearly over the first tenth of the steps and falls to 0 by a
+    cosine.
 
     Args:
         image: ``(n, dx)`` raw image features of the pairs.
         text: ``(n, dy)`` raw text features; row i belongs to image row i.
         dim: dimension of the shared space.
-        loss: "siglip" (default; mean over all n x n logits) or "info_nce" (mean of both directions).
+        loss: "siglip" (default; mean over all n x n logits) or "info_nce".
         steps: gradient steps (default 2000).
         learning_rate: peak step of Lion (default 1e-4).
         weight_decay: decoupled, on all parameters (default 1e-5).
@@ -70,7 +71,6 @@ def contrastive(
     image, text = checked_pairs(image, text, "image", "text")
     n, dx = image.shape
     dy = text.shape[1]
-    batch_size = n if batch_size is None else batch_size
     if loss not in ("siglip", "info_nce"):
         raise ValueError(f"loss={loss!r}: unknown; 'siglip' or 'info_nce'")
     if n < 2:
@@ -83,14 +83,16 @@ def contrastive(
             raise ValueError(f"{name}={value}: must be positive and finite")
     if not 0 <= weight_decay < math.inf:
         raise ValueError(f"weight_decay={weight_decay}: must be finite and at least 0")
-    if not 2 <= batch_size <= n:
+    size = n if batch_size is None else batch_size
+    if not 2 <= size <= n:
         raise ValueError(f"batch_size={batch_size}: must be between 2 and the {n} pairs")
 
     start_key, batch_key = jax.random.split(jax.random.key(seed))
     if init is None:
         xavier = jax.nn.initializers.glorot_uniform()
         image_key, text_key = jax.random.split(start_key)
-        image_weight, text_weight = xavier(image_key, (dx, dim)), xavier(text_key, (dy, dim))
+        image_weight = xavier(image_key, (dx, dim), jnp.float32)
+        text_weight = xavier(text_key, (dy, dim), jnp.float32)
         image_mean, text_mean = (
             jnp.asarray(unit_rows64(rows).mean(axis=0), jnp.float32) for rows in (image, text)
         )
@@ -120,7 +122,7 @@ def contrastive(
             steps=steps,
             learning_rate=learning_rate,
             weight_decay=weight_decay,
-            batch_size=batch_size,
+            batch_size=size,
         )
     bad = np.flatnonzero(~np.isfinite(np.asarray(losses)))
     if len(bad):
@@ -130,8 +132,8 @@ def contrastive(
         )
     if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(parameters)):
         raise FloatingPointError(
-            f"contrastive: step {steps - 1} of {steps}, the last, left weights that are not finite; "
-            "lower learning_rate"
+            f"contrastive: the last step, {steps - 1} of {steps}, left weights that are not "
+            "finite; lower learning_rate"
         )
     return LinearTeacher(
         parameters["image_weight"],
@@ -160,7 +162,7 @@ def _train(
     """All steps in one scan; returns the trained parameters and the loss before each step."""
     warmup = max(1, steps // 10)
     schedule = optax.warmup_cosine_decay_schedule(
-        0.0, learning_rate, warmup, max(steps, warmup + 1)
+        learning_rate / warmup, learning_rate, warmup, max(steps, warmup + 1)
     )
     optimizer = optax.lion(schedule, weight_decay=weight_decay)
 
@@ -180,7 +182,7 @@ def _train(
             batch_image, batch_text = image[rows], text[rows]
         value, gradient = jax.value_and_grad(loss_of)(parameters, batch_image, batch_text)
         updates, optimizer_state = optimizer.update(gradient, optimizer_state, parameters)
-        return (optax.apply_updates(parameters, updates), optimizer_state), value
+        return (jax.tree.map(jnp.add, parameters, updates), optimizer_state), value
 
     start = parameters, optimizer.init(parameters)
     (parameters, _), losses = jax.lax.scan(step, start, jnp.arange(steps))

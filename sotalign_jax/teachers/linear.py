@@ -202,7 +202,7 @@ def _project(name: str, rows, mean: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _check_moments(moments: Moments) -> tuple[float, float]:
-    """Refuses moments that cannot be fitted; returns the rounding noise in both scatters' traces."""
+    """The rounding noise in the traces of both scatters, of moments that can be fitted."""
     for name, value in zip(moments._fields, moments, strict=True):
         if not np.isfinite(value).all():
             raise ValueError(f"moments: {name} holds NaN or infinity; every feature must be finite")
@@ -222,7 +222,7 @@ def _check_moments(moments: Moments) -> tuple[float, float]:
                     "means, of the unpaired rows, with recentered(moments, image_mean, text_mean)"
                 )
             raise ValueError(
-                f"moments: all {moments.count} {name} rows are the same; they must vary to be fitted"
+                f"moments: all {moments.count} {name} rows are the same; they must vary"
             )
         noises.append(float(noise))
     return noises[0], noises[1]

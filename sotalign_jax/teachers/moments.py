@@ -66,7 +66,8 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
 
     With ``delta = b.mean - a.mean`` the scatters add up to ``a.scatter + b.scatter +
     (n_a n_b / n) delta delta^T``. Order and grouping do not matter beyond rounding. Both sides must
-    be centred on their own means: merge first, then use `recentered`.
+    be centred on their own means: merge first, then use `recentered`. Moments of several hosts are
+    to be gathered as bytes, because JAX arrays would round them to float32.
 
     Args:
         a: moments of one set.
@@ -171,8 +172,8 @@ def moments_of(chunks: Iterable[tuple[ArrayLike, ArrayLike]], normalize: bool = 
 def recentered(moments: Moments, image_mean: ArrayLike, text_mean: ArrayLike) -> Moments:
     """The same pairs with their scatter about other centres than their own means.
 
-    With ``m`` the mean of the pairs and ``c`` the new centre, the scatter about ``c`` is the scatter
-    about ``m`` plus ``count (m - c)(m - c)^T``. Centring on the mean of all unpaired rows, which is
+    With ``m`` the mean of the pairs and ``c`` the new centre, the scatter about ``c`` is that about
+    ``m`` plus ``count (m - c)(m - c)^T``. Centring on the mean of all unpaired rows, which is
     known far better than that of a handful of pairs, is what makes even one pair informative.
 
     Args:
@@ -220,15 +221,12 @@ def checked_pairs(
     image: ArrayLike, text: ArrayLike, image_name: str, text_name: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Both sides as float64 matrices of equal length, or a ValueError that names the side."""
-    checked = []
+    image, text = np.asarray(image, dtype=np.float64), np.asarray(text, dtype=np.float64)
     for name, rows in ((image_name, image), (text_name, text)):
-        rows = np.asarray(rows, dtype=np.float64)
         if rows.ndim != 2 or rows.shape[1] == 0:
             raise ValueError(f"{name}: shape {rows.shape}; rows by features, (n, d), are needed")
         if not np.isfinite(rows).all():
             raise ValueError(f"{name}: holds NaN or infinity; every feature must be finite")
-        checked.append(rows)
-    image, text = checked
     if len(image) != len(text):
         raise ValueError(
             f"{text_name}: {len(text)} rows, but {image_name} has {len(image)}; "
