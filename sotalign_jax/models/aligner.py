@@ -103,7 +103,7 @@ class Aligner(nnx.Module):
 
     References:
         Zhai et al., Sigmoid Loss for Language Image Pre-Training (SigLIP), ICCV 2023; SOTAlign,
-        arXiv 2602.23353, section 4.
+        arXiv 2602.23353.
     """
 
     def __init__(
@@ -356,7 +356,7 @@ class Aligner(nnx.Module):
 
         References:
             Saerens, Latinne and Decaestecker, Adjusting the Outputs of a Classifier to New a
-            Priori Probabilities, Neural Computation 14 (2002), equation 2.4.
+            Priori Probabilities, Neural Computation 14 (2002), section 2.
         """
         shift = 0.0
         if prior is not None:
@@ -381,7 +381,7 @@ class Aligner(nnx.Module):
 
         Args:
             directory: where to; parents are made. It may exist if it is empty, or holds an aligner
-                and nothing else.
+                of this format version and nothing else.
             metadata: anything of your own that JSON can hold.
 
         Raises:
@@ -550,9 +550,9 @@ def _recipe(layer: LayerConfig, normalize: bool) -> str:
         steps.append(f"x = {dense('h', 'output')}")
     else:
         limit = f"{STAR_CLAMP:g}"
-        steps.append(f"g = clip({dense('x', 'gate')}, -{limit}, {limit})")
+        steps.append(f"g = clip({dense('x', 'gate')}, 0, 6)")
         steps.append(f"v = clip({dense('x', 'value')}, -{limit}, {limit})")
-        steps.append("h = clip(g, 0, 6) * v")
+        steps.append("h = g * v")
         steps.append(f"x = {dense('h', 'output')}")
     steps.append("embedding = x / |x|")
     steps.append("similarity = <image embedding, text embedding>")
@@ -596,5 +596,5 @@ def _check_replaceable(target: Path) -> None:
         raise ValueError(
             f"directory: {target} holds other files ({', '.join(others[:3])}); give a new directory"
         )
-    if names and CONFIG_FILE not in names:
-        raise ValueError(f"directory: {target} holds no aligner; give a new directory")
+    if names:
+        _read_document(target)

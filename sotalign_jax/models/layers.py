@@ -163,8 +163,8 @@ class MLP(nnx.Module):
 class Star(nnx.Module):
     """``(ReLU6(z W1 + b1) * (z W2 + b2)) W3 + b3``, with z the input or its LayerNorm.
 
-    The gated layer of SAIL. Both branches are clamped to [-1000, 1000] before activation and
-    product.
+    The gated layer of SAIL, with the second branch clamped to [-1000, 1000]. (SAIL clamps the
+    first as well, which ReLU6 makes no difference to.)
 
     Parameters: ``layer_norm.*``; ``gate.kernel`` and ``value.kernel`` (d_in, hidden), ``gate.bias``
     and ``value.bias``; ``output.kernel`` (hidden, d_out), ``output.bias``. Xavier-uniform weights,
@@ -208,9 +208,8 @@ class Star(nnx.Module):
         """Maps ``(n, d_in)`` float32 features to ``(n, d_out)``."""
         if self.layer_norm is not None:
             features = self.layer_norm(features)
-        gate = jnp.clip(self.gate(features), -STAR_CLAMP, STAR_CLAMP)
         value = jnp.clip(self.value(features), -STAR_CLAMP, STAR_CLAMP)
-        return self.output(jax.nn.relu6(gate) * value)
+        return self.output(jax.nn.relu6(self.gate(features)) * value)
 
 
 def make_layer(
