@@ -1,0 +1,259 @@
+"""What each ``sotalign`` command does, as functions of plain arguments."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from sotalign_jax import features, sweeps, training
+from sotalign_jax.config import Config, validate
+from sotalign_jax.features import FeatureTable, Pairs
+from sotalign_jax.models import Aligner
+from sotalign_jax.training.workdir import read_json, write_json
+
+__all__ = ["compare", "embed", "evaluate", "fit_teacher", "inspect", "train"]
+
+_SHOWN = (1, 5, 10)
+
+
+def train(config: Config, workdir: str, console: Console | None = None) -> dict[str, Any]:
+    """Train, or go on training, and print held-out retrieval beside the teacher's."""
+    console = console or Console()
+    results = training.train(config, workdir, console=console)
+    for name in ("val", "test"):
+        if name in results:
+            table = retrieval_table(f"Retrieval on the {name} pairs")
+            add_scores(table, f"teacher ({config.teacher.name})", results[f"teacher_{name}"])
+            add_scores(table, f"aligner (step {results['selected_step']})", results[name])
+            console.print(table)
+    console.print(f"aligner saved in {Path(workdir) / 'aligner'}", highlight=False, soft_wrap=True)
+    return results
+
+
+def compare(config: Config, workdir: str, console: Console | None = None) -> dict[str, Any]:
+    """Train every method on every seed and print one table."""
+    return sweeps.compare(config, workdir, console=console or Console())
+
+
+def fit_teacher(
+    config: Config, out: str, console: Console | None = None
+) -> dict[str, dict[str, float]]:
+    """Fit the linear teacher alone, save it as an aligner, print its retrieval."""
+    console = console or Console()
+    config = validate(config)
+    splits = training.load_splits(config)
+    teacher = Aligner.from_teacher(training.fit_teacher(config, splits))
+    scores = {
+        name: training.evaluate(teacher, pairs)
+        for name, pairs in (("val", splits.val), ("test", splits.test))
+        if pairs is not None
+    }
+    metadata = {"data": splits.description, "config": json.loads(config.to_json()), **scores}
+    teacher.save(Path(out) / "aligner", metadata=metadata)
+    table = retrieval_table(f"Retrieval of the {config.teacher.name} teacher")
+    for name, values in scores.items():
+        add_scores(table, name, values)
+    console.print(table)
+    console.print(f"teacher saved in {Path(out) / 'aligner'}", highlight=False, soft_wrap=True)
+    return scores
+
+
+def evaluate(
+    workdir: str,
+    image: str | None = None,
+    text: str | None = None,
+    out: str | None = None,
+    console: Console | None = None,
+) -> dict[str, float]:
+    """Retrieval of a trained aligner on the run's own test pairs, or on given features."""
+    console = console or Console()
+    aligner = load_aligner(workdir)
+    pairs = _given_pairs(image, text) or _test_pairs(workdir)
+    scores = training.evaluate(aligner, pairs)
+    table = retrieval_table(f"{len(pairs.image)} images, {len(pairs.text)} texts")
+    add_scores(table, "aligner", scores)
+    console.print(table)
+    if out is not None:
+        write_json(Path(out), scores)
+    return scores
+
+
+def embed(
+    workdir: str,
+    image: str | None = None,
+    text: str | None = None,
+    out: str | None = None,
+    console: Console | None = None,
+) -> list[Path]:
+    """Embed raw features into feature stores; without any, the run's own test pairs."""
+    console = console or Console()
+    aligner = load_aligner(workdir)
+    tables: dict[str, FeatureTable] = {}
+    if image is None and text is None:
+        pairs = _test_pairs(workdir)
+        tables = {"image": pairs.image, "text": pairs.text}
+    if image is not None:
+        tables["image"] = features.open_features(image, modality="image")
+    if text is not None:
+        tables["text"] = features.open_features(text, modality="text")
+    root = Path(out) if out is not None else Path(workdir) / "embeddings"
+    written = []
+    for side, table in tables.items():
+        target = root / side
+        if target.exists():
+            raise ValueError(f"out: {target} exists; give another directory or remove it")
+        features.check_finite(table)
+        with console.status(f"embedding {len(table)} rows of {table.name}"):
+            rows = training.embed_rows(aligner, side, table)
+        features.write_store(
+            target,
+            rows,
+            ids=table.ids,
+            encoder=f"aligner of {workdir}",
+            normalized=True,
+            source=table.name,
+            dtype="float32",
+        )
+        console.print(
+            f"{len(rows)} {side} rows, {rows.shape[1]} columns: {target}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        written.append(target)
+    return written
+
+
+def inspect(paths: list[str], console: Console | None = None) -> None:
+    """Describe feature files, aligners and runs."""
+    console = console or Console()
+    if not paths:
+        raise ValueError("inspect: give one or more paths of features, aligners or runs")
+    for path in paths:
+        table = Table(title=path, show_header=False, title_justify="left")
+        if (Path(path) / "aligner.json").exists():
+            _describe_aligner(table, Path(path))
+        elif (Path(path) / "config.json").exists():
+            _describe_run(table, Path(path))
+        else:
+            _describe_features(table, path)
+        console.print(table)
+
+
+def load_aligner(workdir: str) -> Aligner:
+    """The aligner of a run, of a fitted teacher, or saved in the directory itself."""
+    for directory in (Path(workdir) / "aligner", Path(workdir)):
+        if (directory / "aligner.json").exists():
+            return Aligner.load(directory)
+    raise ValueError(f"workdir: {workdir} holds no aligner; train one with `sotalign train`")
+
+
+def retrieval_table(title: str) -> Table:
+    """An empty table with a column a metric."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("", no_wrap=True)
+    for direction in ("T2I", "I2T", "mean"):
+        for k in _SHOWN:
+            table.add_column(f"{direction}\nR@{k}", justify="right")
+    table.add_column("FOSCTTM", justify="right")
+    return table
+
+
+def add_scores(table: Table, label: str, scores: dict[str, float]) -> None:
+    """One row of recalls, in percent."""
+    cells = [
+        f"{100 * scores[f'{prefix}recall@{k}']:.1f}"
+        for prefix in ("t2i/", "i2t/", "mean_")
+        for k in _SHOWN
+    ]
+    table.add_row(label, *cells, f"{scores['foscttm']:.4f}")
+
+
+def _given_pairs(image: str | None, text: str | None) -> Pairs | None:
+    if image is None and text is None:
+        return None
+    if image is None or text is None:
+        raise ValueError("--image, --text: give both, or neither for the run's own test pairs")
+    pairs = features.pair(
+        features.open_features(image, modality="image"),
+        features.open_features(text, modality="text"),
+    )
+    features.check_finite(pairs.image)
+    features.check_finite(pairs.text)
+    return pairs
+
+
+def _test_pairs(workdir: str) -> Pairs:
+    """The test pairs of the run in a directory."""
+    recorded = Path(workdir) / "config.json"
+    if recorded.exists():
+        config = read_json(recorded)
+    elif (aligner := Path(workdir) / "aligner" / "aligner.json").exists():
+        config = read_json(aligner).get("metadata", {}).get("config")
+    else:
+        config = None
+    if config is None:
+        raise ValueError(
+            f"workdir: {workdir} does not say which data it was trained on; give --image and --text"
+        )
+    test = training.load_splits(validate(config)).test
+    if test is None:
+        raise ValueError(
+            f"workdir: the run in {workdir} has no test pairs; give --image and --text"
+        )
+    return test
+
+
+def _describe_features(table: Table, path: str) -> None:
+    for modality in ("image", "text"):
+        try:
+            opened = features.open_features(path, modality=modality)
+        except ValueError:
+            if modality == "text":
+                raise
+            continue
+        break
+    sample = opened.take(np.arange(min(len(opened), 10_000)))
+    norms = np.linalg.norm(sample, axis=1)
+    table.add_row("rows x dim", f"{len(opened):,} x {opened.dim:,} ({opened.dtype})")
+    table.add_row("ids", "none" if opened.ids is None else f"{opened.ids[0]}, ...")
+    table.add_row("row norms", f"{norms.min():.4g} .. {norms.max():.4g}, mean {norms.mean():.4g}")
+    table.add_row("rows with NaN or Inf", f"{int((~np.isfinite(sample).all(1)).sum())}")
+    table.add_row("rows of zeros", f"{int((norms == 0).sum())}")
+    table.add_row("constant columns", f"{int((np.ptp(sample, axis=0) == 0).sum())}")
+    if len(sample) < len(opened):
+        table.caption = f"of the first {len(sample):,} rows"
+    for name in ("encoder", "pooling", "normalized", "source", "licence"):
+        value = getattr(opened.manifest, name, None)
+        if value not in (None, ""):
+            table.add_row(name, str(value))
+
+
+def _describe_aligner(table: Table, path: Path) -> None:
+    description = read_json(path / "aligner.json")
+    metadata = description.pop("metadata", {}) or {}
+    for name, value in description.items():
+        table.add_row(name, json.dumps(value))
+    for name, value in metadata.items():
+        if name != "config":
+            table.add_row(name, json.dumps(value))
+
+
+def _describe_run(table: Table, path: Path) -> None:
+    config = read_json(path / "config.json")
+    table.add_row("objective", f"{config['objective']} from a {config['model']['init']} start")
+    table.add_row("data", f"{config['data']['name']}, {config['data']['n_pairs']} pairs")
+    metrics = path / "metrics.jsonl"
+    if metrics.exists() and (lines := metrics.read_text(encoding="utf-8").splitlines()):
+        last = json.loads(lines[-1])
+        table.add_row("step", f"{last['step']} of {config['steps']}")
+        table.add_row("loss", f"{last['train/loss']:.6g}")
+    if (path / "results.json").exists():
+        results = read_json(path / "results.json")
+        for name in ("val", "teacher_val", "test", "teacher_test"):
+            if name in results:
+                table.add_row(f"{name} mean_recall@10", f"{results[name]['mean_recall@10']:.4f}")

@@ -1,0 +1,293 @@
+"""The schema of a run: every field there is, with a default, and what makes a value acceptable.
+
+``configs/default.py`` says what each field means and what the paper uses; the two are held together
+by a test. An experiment starts from :func:`default_config` and assigns.
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ml_collections
+
+__all__ = ["Config", "ConfigError", "default_config", "differences", "flatten", "validate"]
+
+
+# ConfigDict, whose fields a type checker knows only as a union of everything.
+Config = Any
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names the field."""
+
+
+def default_config() -> Config:
+    """Every field of a run, with its default. Unknown fields are refused from here on."""
+    config: Config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.steps = 2_000
+    config.objective = "sotalign"
+
+    config.data = ml_collections.ConfigDict()
+    config.data.name = "files"
+    config.data.n_pairs = 10_000
+    config.data.n_unpaired = 0
+    config.data.resident = "auto"
+    config.data.resident_gib = 8.0
+    config.data.files = ml_collections.ConfigDict()
+    config.data.files.image = ""
+    config.data.files.text = ""
+    config.data.files.unpaired_image = ""
+    config.data.files.unpaired_text = ""
+    config.data.files.mode = "disjoint"
+    config.data.files.val_image = ""
+    config.data.files.val_text = ""
+    config.data.files.n_val = 0
+    config.data.files.test_image = ""
+    config.data.files.test_text = ""
+    config.data.emoji = ml_collections.ConfigDict()
+    config.data.emoji.image = "google"
+    config.data.emoji.text = "label_tags"
+    config.data.emoji.unpaired = "emoji"
+    config.data.platonic = ml_collections.ConfigDict()
+    config.data.platonic.noise = 1.0
+    config.data.platonic.n_val = 500
+    config.data.platonic.n_test = 1_000
+
+    config.teacher = ml_collections.ConfigDict()
+    config.teacher.name = "cca"
+    config.teacher.dim = 0
+    config.teacher.ridge = 0.1
+    config.teacher.ridge_on = "covariance"
+    config.teacher.weighted = False
+    config.teacher.center = "pairs"
+    config.teacher.steps = 1_000
+    config.teacher.learning_rate = 1e-3
+
+    config.model = ml_collections.ConfigDict()
+    config.model.init = "random"
+    config.model.dim = 1_024
+    config.model.layer = "linear"
+    config.model.layer_norm = True
+    config.model.width_factor = 0
+    config.model.normalize = True
+    config.model.center = True
+    config.model.scale = 20.0
+    config.model.bias = -10.0
+
+    config.loss = ml_collections.ConfigDict()
+    config.loss.normalization = "mean"
+    config.loss.divergence = "klot"
+    config.loss.alpha = 1e-4
+    config.loss.epsilon = 0.05
+    config.loss.teacher_epsilon = 0.01
+    config.loss.threshold = 1e-3
+    config.loss.max_iterations = 500
+    config.loss.iterations = 0
+
+    config.batch = ml_collections.ConfigDict()
+    config.batch.pairs = 10_000
+    config.batch.unpaired = 22_768
+
+    config.optimizer = ml_collections.ConfigDict()
+    config.optimizer.name = "lion"
+    config.optimizer.learning_rate = 1e-4
+    config.optimizer.weight_decay = 1e-5
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.99
+    config.optimizer.warmup = 0.1
+
+    config.log_every = 10
+    config.eval_every = 100
+    config.checkpoint_every = 100
+    config.select = "last"
+    config.select_metric = "mean_recall@1"
+
+    config.metrics = ml_collections.ConfigDict()
+    config.metrics.tensorboard = False
+    config.metrics.wandb = ""
+
+    config.compare = ml_collections.ConfigDict()
+    config.compare.seeds = (0,)
+    config.compare.teacher = "teacher"
+    config.compare.methods = ml_collections.ConfigDict()
+    config.compare.tune_seeds = ()
+    config.compare.grids = ml_collections.ConfigDict()
+    config.lock()
+    return config
+
+
+# Fields that take one of a few names. Tables of names whose home is elsewhere are checked there.
+_CHOICES = {
+    "objective": ("sotalign", "sail", "sail_semi"),
+    "data.name": ("emoji", "platonic", "files"),
+    "data.resident": ("auto", "always", "never"),
+    "data.files.mode": ("aligned", "disjoint", "independent"),
+    "data.emoji.image": ("google", "fluent3d"),
+    "data.emoji.text": ("label_tags", "label"),
+    "data.emoji.unpaired": ("emoji", "openclipart"),
+    "teacher.name": ("cca", "procrustes", "contrastive"),
+    "teacher.ridge_on": ("covariance", "scatter"),
+    "teacher.center": ("pairs", "unpaired"),
+    "model.init": ("random", "teacher"),
+    "model.layer": ("linear", "mlp", "star"),
+    "loss.normalization": ("mean", "rows"),
+    "loss.divergence": ("klot", "cka", "info_nce"),
+    "optimizer.name": ("lion", "adamw"),
+    "select": ("last", "best"),
+}
+_POSITIVE = (
+    "steps",
+    "data.n_pairs",
+    "data.resident_gib",
+    "model.dim",
+    "model.scale",
+    "loss.epsilon",
+    "loss.threshold",
+    "loss.max_iterations",
+    "batch.pairs",
+    "batch.unpaired",
+    "optimizer.learning_rate",
+    "log_every",
+    "teacher.steps",
+    "teacher.learning_rate",
+)
+_NOT_NEGATIVE = (
+    "seed",
+    "data.n_unpaired",
+    "data.files.n_val",
+    "data.platonic.noise",
+    "teacher.dim",
+    "model.width_factor",
+    "teacher.ridge",
+    "loss.alpha",
+    "loss.teacher_epsilon",
+    "loss.iterations",
+    "optimizer.weight_decay",
+    "eval_every",
+    "checkpoint_every",
+)
+
+
+def validate(config: Config) -> Config:
+    """A locked copy of ``config`` with every field known, typed and in range.
+
+    Args:
+        config: a configuration, complete or partial; missing fields get their defaults.
+
+    Returns:
+        The complete configuration.
+
+    Raises:
+        ConfigError: for an unknown field (with the nearest known name), a wrong type or a value
+            out of range.
+    """
+    complete = default_config()
+    known = flatten(complete)
+    for name, value in flatten(config).items():
+        # The methods of a comparison and their grids are named by the user.
+        if name.startswith(("compare.methods.", "compare.grids.")):
+            continue
+        if name not in known:
+            raise ConfigError(f"config.{name}: no such field{_suggestion(name, known)}")
+        if isinstance(value, ml_collections.ConfigDict):
+            continue
+        _assign(complete, name, value)
+    for table in ("methods", "grids"):
+        given = config.get("compare", {}).get(table, {})
+        with complete.compare.unlocked():
+            complete.compare[table] = ml_collections.ConfigDict(given)
+        for method, fields in given.items():
+            for name in flatten(fields):
+                if name not in known:
+                    raise ConfigError(
+                        f"config.compare.{table}.{method}: no such field {name!r}"
+                        f"{_suggestion(name, known)}"
+                    )
+    _check_values(complete)
+    return complete
+
+
+def _assign(config: Config, name: str, value: Any) -> None:
+    try:
+        config.update_from_flattened_dict({name: value})
+    except (TypeError, ValueError) as error:
+        expected = type(flatten(config)[name]).__name__
+        raise ConfigError(
+            f"config.{name}: must be of type {expected}, got {value!r} ({type(value).__name__})"
+        ) from error
+
+
+def _check_values(config: Config) -> None:
+    flat = flatten(config)
+    for name, choices in _CHOICES.items():
+        if flat[name] not in choices:
+            raise ConfigError(
+                f"config.{name}: got {flat[name]!r}; must be one of {', '.join(choices)}"
+            )
+    for name in _POSITIVE:
+        if not flat[name] > 0:
+            raise ConfigError(f"config.{name}: must be positive, got {flat[name]}")
+    for name in _NOT_NEGATIVE:
+        if not flat[name] >= 0:
+            raise ConfigError(f"config.{name}: must not be negative, got {flat[name]}")
+    if not 0 <= config.optimizer.warmup < 1:
+        raise ConfigError(
+            "config.optimizer.warmup: the fraction of steps that warm up must lie in [0, 1), "
+            f"got {config.optimizer.warmup}"
+        )
+    for name in ("eval_every", "checkpoint_every"):
+        if flat[name] % config.log_every:
+            raise ConfigError(
+                f"config.{name}: must be a multiple of log_every ({config.log_every}), the steps "
+                f"of one dispatch, got {flat[name]}"
+            )
+    if config.model.init == "teacher" and (
+        config.model.layer != "linear" or config.model.layer_norm
+    ):
+        raise ConfigError(
+            "config.model.init: 'teacher' is an exact start for a linear layer without LayerNorm "
+            "only; set model.layer='linear' and model.layer_norm=False, or init='random'"
+        )
+    if config.loss.teacher_epsilon == 0 and config.loss.divergence == "klot":
+        raise ConfigError("config.loss.teacher_epsilon: must be positive for klot, got 0")
+    if not config.select_metric.startswith(("mean_recall@", "t2i/recall@", "i2t/recall@")):
+        raise ConfigError(
+            f"config.select_metric: got {config.select_metric!r}; must be a recall, for instance "
+            "mean_recall@1"
+        )
+
+
+def flatten(config: Config, prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``; an empty table stays as it is."""
+
+    def walk(node: Config, path: str) -> Iterator[tuple[str, Any]]:
+        for key, value in node.items():
+            name = f"{path}{key}"
+            if isinstance(value, Mapping | ml_collections.ConfigDict) and len(value):
+                yield from walk(value, f"{name}.")
+            else:
+                yield name, value
+
+    return dict(walk(config, prefix))
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """The fields in which two configurations differ, as ``name: old -> new``."""
+    before, after = flatten(old), flatten(new)
+    missing = object()
+    return [
+        f"{name}: {before.get(name, 'absent')!r} -> {after.get(name, 'absent')!r}"
+        for name in sorted(before.keys() | after.keys())
+        if _plain(before.get(name, missing)) != _plain(after.get(name, missing))
+    ]
+
+
+def _plain(value: Any) -> Any:
+    """JSON knows no tuples."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _suggestion(name: str, known: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""

@@ -1,0 +1,69 @@
+"""``sotalign COMMAND [flags]``: one entry point; each command is a function of `commands`."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from sotalign_jax import commands
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, as FILE.py or FILE.py:arg.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; given again, it goes on.")
+_IMAGE = flags.DEFINE_string("image", None, "Image features: any format that `inspect` opens.")
+_TEXT = flags.DEFINE_string("text", None, "Text features.")
+_OUT = flags.DEFINE_string("out", None, "Where to write.")
+
+COMMANDS: dict[str, Callable[[], Any]] = {
+    "train": lambda: commands.train(_needed(_CONFIG), _needed(_WORKDIR)),
+    "compare": lambda: commands.compare(_needed(_CONFIG), _needed(_WORKDIR)),
+    "evaluate": lambda: commands.evaluate(_needed(_WORKDIR), _IMAGE.value, _TEXT.value, _OUT.value),
+    "embed": lambda: commands.embed(_needed(_WORKDIR), _IMAGE.value, _TEXT.value, _OUT.value),
+    "fit-teacher": lambda: commands.fit_teacher(_needed(_CONFIG), _needed(_OUT)),
+}
+
+USAGE = """sotalign: semi-supervised alignment of frozen image and text encoders
+
+  sotalign train       --config=FILE.py --workdir=DIR    train an aligner; the same again resumes
+  sotalign compare     --config=FILE.py --workdir=DIR    train methods on several seeds, one table
+  sotalign evaluate    --workdir=DIR [--image=F --text=F] [--out=FILE.json]    retrieval
+  sotalign embed       --workdir=DIR [--image=F] [--text=F] [--out=DIR]    features to embeddings
+  sotalign fit-teacher --config=FILE.py --out=DIR        the linear teacher alone, as an aligner
+  sotalign inspect     PATH ...                          features, an aligner or a run, described
+
+Any field of a config can be set on the command line: --config.loss.alpha=0.1
+"""
+
+
+def _needed(flag):
+    if flag.value is None:
+        raise ValueError(f"--{flag.name}: this command needs it")
+    return flag.value
+
+
+def _main(argv: list[str]) -> int:
+    name, *paths = argv[1:]
+    try:
+        if name == "inspect":
+            commands.inspect(paths)
+        elif paths:
+            raise ValueError(f"{paths[0]}: unexpected; flags are written --name=value")
+        else:
+            COMMANDS[name]()
+    except (ValueError, OSError, ImportError) as error:
+        print(f"sotalign {name}: error: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"sotalign {name}: training stopped: {error}", file=sys.stderr)
+        return 3
+    return 0
+
+
+def run() -> None:
+    """Entry point of the ``sotalign`` command."""
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    if command not in (*COMMANDS, "inspect"):
+        print(USAGE)
+        sys.exit(0 if command in ("", "help", "-h", "--help") else 2)
+    app.run(_main)

@@ -1,0 +1,212 @@
+"""From a configuration to the rows of a run and to its teacher, checked before any training."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from sotalign_jax import features
+from sotalign_jax.config import Config, ConfigError
+from sotalign_jax.features import FeatureTable, Pairs, Splits
+from sotalign_jax.teachers import (
+    LinearTeacher,
+    Moments,
+    cca,
+    contrastive,
+    moments_of,
+    procrustes,
+    recentered,
+)
+
+__all__ = ["fit_teacher", "load_splits"]
+
+_CHUNK = 8_192
+
+
+def load_splits(config: Config) -> Splits:
+    """The splits that a validated configuration names, every row of them known to be finite.
+
+    Args:
+        config: a validated configuration.
+
+    Returns:
+        The splits. The pairs, and the unpaired rows of files, are drawn with ``config.seed``.
+
+    Raises:
+        ValueError: a file that is missing or not features, tables that do not join, NaN or
+            infinite features, dimensions that differ, more rows asked than exist.
+    """
+    data = config.data
+    if data.name == "emoji":
+        splits = features.emoji(n_pairs=data.n_pairs, seed=config.seed, **data.emoji.to_dict())
+        if data.n_unpaired:
+            splits = _fewer_unpaired(splits, data.n_unpaired)
+    elif data.name == "platonic":
+        splits = features.platonic_world(
+            seed=config.seed,
+            n_pairs=data.n_pairs,
+            n_unpaired=data.n_unpaired or 20_000,
+            **data.platonic.to_dict(),
+        )
+    else:
+        splits = _from_files(config)
+    for side in ("image", "text"):
+        features.check_finite(getattr(splits.pairs, side))
+        features.check_finite(getattr(splits, f"unpaired_{side}"))
+        for held_out in (splits.val, splits.test):
+            if held_out is not None:
+                features.check_finite(getattr(held_out, side))
+    return splits
+
+
+def _fewer_unpaired(splits: Splits, count: int) -> Splits:
+    for table in (splits.unpaired_image, splits.unpaired_text):
+        if count > len(table):
+            raise ConfigError(
+                f"config.data.n_unpaired: {count} asked, but {table.name} has {len(table)} rows"
+            )
+    return dataclasses.replace(
+        splits,
+        unpaired_image=splits.unpaired_image.select(np.arange(count)),
+        unpaired_text=splits.unpaired_text.select(np.arange(count)),
+    )
+
+
+def _from_files(config: Config) -> Splits:
+    files = config.data.files
+    for name in ("image", "text"):
+        if not files[name]:
+            raise ConfigError(
+                f"config.data.files.{name}: no path given; the paired {name} features are needed"
+            )
+    image, text = _open(files, "image"), _open(files, "text")
+    val = _held_out(files, "val")
+    test = _held_out(files, "test")
+    corpus = features.pair(image, text)
+    if files.n_val and val is not None:
+        raise ConfigError("config.data.files.n_val: give this or val_image and val_text, not both")
+    if files.n_val:
+        corpus, val = _split_off(corpus, files.n_val, config.seed)
+    independent = files.mode == "independent"
+    if independent != bool(files.unpaired_image) or independent != bool(files.unpaired_text):
+        raise ConfigError(
+            "config.data.files.unpaired_image, unpaired_text: both are needed in mode "
+            f"'independent' and neither in the others, got mode {files.mode!r}"
+        )
+    pairs, unpaired_image, unpaired_text = features.split_pairs(
+        corpus.image,
+        corpus.text,
+        n_pairs=config.data.n_pairs,
+        n_unpaired=config.data.n_unpaired or None,
+        mode=files.mode,
+        seed=config.seed,
+        unpaired_image=_open(files, "unpaired_image") if independent else None,
+        unpaired_text=_open(files, "unpaired_text") if independent else None,
+    )
+    return Splits(
+        pairs=pairs,
+        unpaired_image=unpaired_image,
+        unpaired_text=unpaired_text,
+        val=val,
+        test=test,
+        description=f"{image.name} with {text.name}, unpaired rows {files.mode}",
+    )
+
+
+def _open(files, name: str) -> FeatureTable:
+    modality = "text" if name.endswith("text") else "image"
+    try:
+        return features.open_features(files[name], modality=modality)
+    except ValueError as error:
+        raise ConfigError(f"config.data.files.{name}: {error}") from error
+
+
+def _held_out(files, name: str) -> Pairs | None:
+    given = [bool(files[f"{name}_{side}"]) for side in ("image", "text")]
+    if not any(given):
+        return None
+    if not all(given):
+        raise ConfigError(f"config.data.files.{name}_image, {name}_text: give both or neither")
+    return features.pair(_open(files, f"{name}_image"), _open(files, f"{name}_text"))
+
+
+def _split_off(corpus: Pairs, count: int, seed: int) -> tuple[Pairs, Pairs]:
+    """``count`` images with all their texts for validation, and the rest."""
+    if count >= len(corpus.image):
+        raise ConfigError(
+            f"config.data.files.n_val: {count} asked, but the paired corpus has "
+            f"{len(corpus.image)} images"
+        )
+    # Its own stream of random numbers: the pairs are drawn from `seed` itself.
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1,)))
+    order = rng.permutation(len(corpus.image))
+    return _restrict(corpus, order[count:]), _restrict(corpus, order[:count])
+
+
+def _restrict(pairs: Pairs, image_rows: np.ndarray) -> Pairs:
+    """The given images of ``pairs``, with all their texts."""
+    place = np.full(len(pairs.image), -1)
+    place[image_rows] = np.arange(len(image_rows))
+    text_rows = np.flatnonzero(place[pairs.text_to_image] >= 0)
+    return Pairs(
+        pairs.image.select(image_rows),
+        pairs.text.select(text_rows),
+        place[pairs.text_to_image[text_rows]],
+    )
+
+
+def fit_teacher(config: Config, splits: Splits) -> LinearTeacher:
+    """The linear teacher of a validated configuration, fitted on the pairs of the splits.
+
+    Args:
+        config: a validated configuration.
+        splits: its rows; the unpaired ones are read only for ``teacher.center = "unpaired"``.
+
+    Returns:
+        The teacher.
+
+    Raises:
+        ValueError: pairs that do not support what is asked.
+    """
+    settings = config.teacher
+    moments = _pair_moments(splits)
+    if settings.center == "unpaired":
+        moments = recentered(
+            moments, _unit_mean(splits.unpaired_image), _unit_mean(splits.unpaired_text)
+        )
+    dim = settings.dim or None
+    if settings.name == "procrustes":
+        return procrustes(moments, dim=dim)
+    if settings.name == "cca":
+        return cca(
+            moments,
+            ridge=settings.ridge,
+            ridge_on=settings.ridge_on,
+            weighted=settings.weighted,
+            dim=dim,
+        )
+    # Contrastive training has no limit of its own on the dimension; it starts from no teacher.
+    return contrastive(
+        splits.pairs.image.array(),
+        splits.pairs.text.array(),
+        dim=dim or config.model.dim,
+        steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        seed=config.seed,
+    )
+
+
+def _pair_moments(splits: Splits) -> Moments:
+    pairs = splits.pairs
+    return moments_of(zip(pairs.image.chunks(_CHUNK), pairs.text.chunks(_CHUNK), strict=True))
+
+
+def _unit_mean(table: FeatureTable) -> np.ndarray:
+    """Mean of the rows of a table, each scaled to unit length."""
+    total = np.zeros(table.dim)
+    for chunk in table.chunks(_CHUNK):
+        rows = chunk.astype(np.float64)
+        norm = np.linalg.norm(rows, axis=1, keepdims=True)
+        total += np.sum(rows / np.where(norm > 0, norm, 1.0), axis=0)
+    return total / len(table)

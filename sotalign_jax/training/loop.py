@@ -1,0 +1,309 @@
+"""Train an aligner: from a configuration and a directory to a saved model and its retrieval."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from rich.console import Console
+
+from sotalign_jax.config import Config, validate
+from sotalign_jax.features import FeatureTable, Splits
+from sotalign_jax.features.batches import Batch, Stream, stream_batches
+from sotalign_jax.models import Aligner, LayerConfig
+from sotalign_jax.teachers import LinearTeacher
+from sotalign_jax.training.checkpoints import Checkpoints
+from sotalign_jax.training.data import fit_teacher, load_splits
+from sotalign_jax.training.evaluate import evaluate
+from sotalign_jax.training.metrics import MetricWriter, ProgressBar, make_sinks
+from sotalign_jax.training.objectives import LossSettings
+from sotalign_jax.training.step import (
+    OptimizerSettings,
+    Setup,
+    TrainState,
+    init_state,
+    prepare,
+    run_resident,
+    run_streamed,
+)
+from sotalign_jax.training.workdir import Workdir, write_json
+
+__all__ = ["Inputs", "init_aligner", "load_inputs", "train"]
+
+
+class Inputs(NamedTuple):
+    """What a run reads: a function of ``config.data``, ``config.teacher`` and ``config.seed``."""
+
+    splits: Splits
+    teacher: LinearTeacher
+
+
+def load_inputs(config: Config) -> Inputs:
+    """Rows and teacher of a validated configuration, checked; see `load_splits`."""
+    splits = load_splits(config)
+    return Inputs(splits, fit_teacher(config, splits))
+
+
+def train(
+    config: Config,
+    workdir: str | os.PathLike,
+    *,
+    console: Console | None = None,
+    quiet: bool = False,
+    inputs: Inputs | None = None,
+) -> dict[str, Any]:
+    """One run, from its configuration to ``results.json``; given the same directory, it goes on.
+
+    The directory ends up with ``config.json``, ``provenance.jsonl``, ``metrics.jsonl``,
+    ``checkpoints/``, ``aligner/`` (the trained model), ``teacher/`` (the teacher, as an aligner)
+    and ``results.json``. A run that was killed at any moment and is started again ends with the
+    parameters of one that was not. A run that is done returns its results again.
+
+    Args:
+        config: a configuration; see ``configs/default.py``.
+        workdir: the run's directory.
+        console: where to report; standard output by default.
+        quiet: report nothing.
+        inputs: the rows and the teacher, where a caller of several runs has them already.
+
+    Returns:
+        What ``results.json`` holds: retrieval of the aligner and of its teacher on the test and
+        the validation pairs, the step that was selected, and times.
+
+    Raises:
+        ValueError: a configuration, file or directory that cannot be used, before any training.
+        FloatingPointError: the loss is no longer finite.
+    """
+    console = console or Console()
+    config = validate(config)
+    home = Workdir(workdir, config)
+    if home.results.exists():
+        return json.loads(home.results.read_text(encoding="utf-8"))
+    began = time.perf_counter()
+
+    # ---- data and teacher: every check of the input happens here
+    splits, teacher = load_inputs(config) if inputs is None else inputs
+    home.start(config)
+
+    # ---- model, optimiser, streams
+    setup, state, rest = build(config, splits, teacher)
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    tables = _raw_tables(splits, unpaired=setup.loss.unpaired)
+    resident = _fits(config, tables, teacher)
+    if resident:
+        raw = Batch(*(None if table is None else table.array() for table in tables))
+        tables = jax.jit(prepare, static_argnums=0)(setup, state.params, rest, teacher, raw)
+
+    # ---- resume
+    keep_best = config.select == "best"
+    checkpoints = Checkpoints(home.checkpoints, keep_best=keep_best)
+    start = checkpoints.latest
+    if start is not None:
+        state = checkpoints.restore(state, start)
+    start = start or 0
+    if not quiet:
+        _announce(console, config, splits, setup, teacher, resident, start)
+
+    # ---- train loop
+    writer = MetricWriter(home.metrics, start, make_sinks(config, home.path))
+    bar = ProgressBar(console, config.steps, start, quiet=quiet)
+    clock = _Clock(start, sum(stream.size for stream in setup.streams))
+    dispatches = (
+        _dispatch_resident(setup, state, rest, tables, key, start, config)
+        if resident
+        else _dispatch_streamed(setup, state, rest, teacher, tables, key, start, config)
+    )
+    try:
+        for state, step, metrics in dispatches:
+            record = _checked_means(metrics, step)
+            record |= clock.tick(step)
+            final = step == config.steps
+            save = final or _due(step, config.checkpoint_every)
+            if splits.val is not None and (
+                final or _due(step, config.eval_every) or (save and keep_best)
+            ):
+                scores = evaluate(_merge(setup, state.params, rest), splits.val)
+                record |= {f"val/{name}": value for name, value in scores.items()}
+            writer.write(step, record)
+            bar.update(step, record)
+            if save and (config.checkpoint_every or final):
+                checkpoints.save(state, record.get(f"val/{config.select_metric}"))
+    finally:
+        bar.close()
+        writer.close()
+        checkpoints.close()
+
+    # ---- select, save, evaluate
+    selected = config.steps
+    if keep_best and (best := checkpoints.best) is not None:
+        selected, state = best, checkpoints.restore(state, best)
+    aligner = _merge(setup, state.params, rest)
+    aligner.training_prior = 1.0 / setup.streams[0].size
+    teacher_aligner = Aligner.from_teacher(teacher)
+    results: dict[str, Any] = {"selected_step": selected, "pairs": len(splits.pairs)}
+    for name, held_out in (("val", splits.val), ("test", splits.test)):
+        if held_out is not None:
+            results[name] = evaluate(aligner, held_out)
+            results[f"teacher_{name}"] = evaluate(teacher_aligner, held_out)
+    results["seconds"] = round(time.perf_counter() - began, 3)
+    description = {"data": splits.description, "config": json.loads(config.to_json())}
+    aligner.save(home.aligner, metadata=description | {"step": selected})
+    teacher_aligner.save(home.teacher, metadata=description)
+    write_json(home.results, results)
+    return results
+
+
+def build(config: Config, splits: Splits, teacher: LinearTeacher) -> tuple[Setup, TrainState, Any]:
+    """The static setup of a run, its first state, and the variables that are not trained."""
+    aligner = init_aligner(config, splits, teacher)
+    graph, params, rest = nnx.split(aligner, nnx.Param, ...)
+    loss = LossSettings.from_config(config)
+    unpaired = (splits.unpaired_image, splits.unpaired_text)
+    images, texts = (len(table) if loss.unpaired else 0 for table in unpaired)
+    setup = Setup(
+        graph=graph,
+        loss=loss,
+        optimizer=OptimizerSettings.from_config(config),
+        streams=(
+            Stream.of(len(splits.pairs), config.batch.pairs, 0),
+            Stream.of(images, config.batch.unpaired, 1),
+            Stream.of(texts, config.batch.unpaired, 2),
+        ),
+    )
+    return setup, init_state(setup, params), rest
+
+
+def init_aligner(config: Config, splits: Splits, teacher: LinearTeacher) -> Aligner:
+    """The aligner before training, as the configuration wants it.
+
+    From the teacher, ``model.dim`` gives way to the dimension of the teacher: further columns would
+    start at zero and get no gradient.
+    """
+    model = config.model
+    if model.init == "teacher":
+        return Aligner.from_teacher(teacher, scale=model.scale, bias=model.bias)
+    layer = LayerConfig(
+        model.layer, layer_norm=model.layer_norm, width_factor=model.width_factor or None
+    )
+    return Aligner(
+        splits.pairs.image.dim,
+        splits.pairs.text.dim,
+        model.dim,
+        layer=layer,
+        rngs=nnx.Rngs(config.seed),
+        scale=model.scale,
+        bias=model.bias,
+        normalize=model.normalize,
+        image_mean=teacher.image_mean if model.center else None,
+        text_mean=teacher.text_mean if model.center else None,
+    )
+
+
+def _merge(setup: Setup, params: nnx.State, rest: nnx.State) -> Aligner:
+    return nnx.merge(setup.graph, params, rest)
+
+
+def _raw_tables(splits: Splits, *, unpaired: bool) -> Batch[FeatureTable]:
+    """The sources of a run; none of the unpaired rows for an objective that reads none."""
+    image, text = splits.unpaired_image, splits.unpaired_text
+    if not unpaired:
+        image, text = image.select([]), text.select([])
+    return Batch(splits.pairs.image, splits.pairs.text, image, text)
+
+
+def _fits(config: Config, tables: Batch[FeatureTable], teacher: LinearTeacher) -> bool:
+    """Whether all rows, prepared in float32, fit into the memory set aside for them."""
+    if config.data.resident != "auto":
+        return config.data.resident == "always"
+    values = sum(len(table) * table.dim for table in tables if table is not None)
+    unpaired = len(tables.unpaired_image) + len(tables.unpaired_text)
+    values += unpaired * teacher.image_weight.shape[1]
+    return 4 * values <= config.data.resident_gib * 2**30
+
+
+def _dispatch_resident(
+    setup, state, rest, tables, key, start: int, config
+) -> Iterator[tuple[TrainState, int, Any]]:
+    step = start
+    while step < config.steps:
+        length = min(config.log_every, config.steps - step)
+        state, metrics = run_resident(setup, length, state, rest, tables, key)
+        step += length
+        yield state, step, metrics
+
+
+def _dispatch_streamed(
+    setup, state, rest, teacher, tables, key, start: int, config
+) -> Iterator[tuple[TrainState, int, Any]]:
+    collected = []
+    batches = stream_batches(tables, setup.streams, key, start, config.steps)
+    for step, raw in enumerate(batches, start + 1):
+        state, metrics = run_streamed(setup, state, rest, teacher, raw)
+        collected.append(metrics)
+        if step % config.log_every == 0 or step == config.steps:
+            yield state, step, jax.tree.map(lambda *leaves: np.stack(leaves), *collected)
+            collected = []
+
+
+def _checked_means(metrics, step: int) -> dict[str, float]:
+    """Means over the steps of a dispatch (maxima of errors), once the loss is known to be finite.
+
+    Raises:
+        FloatingPointError: naming the first step whose loss or gradient is not finite.
+    """
+    values = {name: np.asarray(value, np.float64) for name, value in metrics.items()}
+    for name in ("train/loss", "train/gradient_norm"):
+        bad = np.flatnonzero(~np.isfinite(values[name]))
+        if bad.size:
+            first = step - len(values[name]) + int(bad[0]) + 1
+            raise FloatingPointError(
+                f"{name} is {values[name][bad[0]]} at step {first}; the last checkpoint before it "
+                "is intact. Lower config.optimizer.learning_rate or raise config.loss.epsilon"
+            )
+    return {
+        name: float(np.max(value) if name.endswith("_error") else np.mean(value))
+        for name, value in values.items()
+    }
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+class _Clock:
+    """Steps and rows a second since the last tick; the first tick includes compilation."""
+
+    def __init__(self, step: int, rows_a_step: int):
+        self._step, self._rows, self._time = step, rows_a_step, time.perf_counter()
+
+    def tick(self, step: int) -> dict[str, float]:
+        now = time.perf_counter()
+        steps, seconds = step - self._step, now - self._time
+        self._step, self._time = step, now
+        return {
+            "time/steps_per_second": steps / seconds,
+            "time/rows_per_second": steps * self._rows / seconds,
+        }
+
+
+def _announce(console, config, splits, setup, teacher, resident: bool, start: int) -> None:
+    pairs, image, text = setup.streams
+    console.print(f"data: {splits.description}", highlight=False)
+    console.print(
+        f"pairs {pairs.rows} ({pairs.size} a step), unpaired images {image.rows} ({image.size}), "
+        f"unpaired texts {text.rows} ({text.size}), rows "
+        f"{'resident on device' if resident else 'streamed'}",
+        highlight=False,
+    )
+    console.print(
+        f"teacher: {config.teacher.name}, {teacher.image_weight.shape[1]} dimensions; objective "
+        f"{config.objective} from a {config.model.init} start"
+        + (f"; resuming from step {start}" if start else ""),
+        highlight=False,
+    )

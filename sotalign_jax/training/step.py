@@ -1,0 +1,210 @@
+"""One training step, and a dispatch of several: pure functions of state, tables and key."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Int
+
+from sotalign_jax.config import Config
+from sotalign_jax.features.batches import Batch, Stream, advance, batch_rows, first_order
+from sotalign_jax.models import Aligner
+from sotalign_jax.teachers import LinearTeacher
+from sotalign_jax.training.objectives import OBJECTIVES, LossSettings, Metrics
+
+__all__ = [
+    "OptimizerSettings",
+    "Setup",
+    "TrainState",
+    "init_state",
+    "prepare",
+    "run_resident",
+    "run_streamed",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+    """The static part of the optimiser; field by field ``config.optimizer`` and ``config.steps``.
+
+    Attributes:
+        name: ``"lion"`` or ``"adamw"``.
+        learning_rate: the peak.
+        weight_decay: decoupled, on every parameter, as in the SOTAlign authors' code.
+        b1: decay of the interpolated momentum.
+        b2: decay of the second average.
+        warmup: fraction of ``steps`` over which the rate rises linearly; it then falls to zero as
+            a cosine.
+        steps: length of the schedule.
+    """
+
+    name: str
+    learning_rate: float
+    weight_decay: float
+    b1: float
+    b2: float
+    warmup: float
+    steps: int
+
+    @classmethod
+    def from_config(cls, config: Config) -> OptimizerSettings:
+        """The settings of a validated configuration."""
+        return cls(steps=config.steps, **config.optimizer.to_dict())
+
+    def schedule(self) -> optax.Schedule:
+        """Learning rate of a step: linear warm-up to the peak, then a cosine to zero."""
+        warmup = round(self.warmup * self.steps)
+        cosine = optax.cosine_decay_schedule(self.learning_rate, max(self.steps - warmup, 1))
+        if warmup == 0:
+            return cosine
+
+        # (step + 1) / warmup: the first step already moves.
+        def rise(step):
+            return self.learning_rate * (step + 1) / warmup
+
+        return optax.join_schedules([rise, cosine], [warmup])
+
+    def transformation(self) -> optax.GradientTransformation:
+        """The optimiser with its schedule."""
+        make = {"lion": optax.lion, "adamw": optax.adamw}[self.name]
+        return make(self.schedule(), b1=self.b1, b2=self.b2, weight_decay=self.weight_decay)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """All that is static in a run, hashable: two runs with equal setups share compiled programs.
+
+    Attributes:
+        graph: structure of the aligner.
+        loss: the objective.
+        optimizer: the optimiser.
+        streams: how pairs, unpaired images and unpaired texts are read.
+    """
+
+    graph: nnx.GraphDef
+    loss: LossSettings
+    optimizer: OptimizerSettings
+    streams: tuple[Stream, Stream, Stream]
+
+
+class TrainState(NamedTuple):
+    """What changes from step to step, and what a checkpoint holds."""
+
+    params: Any  # nnx.State: its own type is too narrow for what optax returns
+    opt_state: optax.OptState
+    step: Int[Array, ""]
+
+
+def init_state(setup: Setup, params: nnx.State) -> TrainState:
+    """The state before the first step."""
+    return TrainState(
+        params, setup.optimizer.transformation().init(params), jnp.zeros((), jnp.int32)
+    )
+
+
+def prepare(
+    setup: Setup, params: nnx.State, rest: nnx.State, teacher: LinearTeacher, raw: Batch
+) -> Batch:
+    """Raw rows as a step reads them: preprocessed for the aligner, projected by the teacher."""
+    aligner: Aligner = nnx.merge(setup.graph, params, rest)
+    wanted = setup.loss.teacher
+    return Batch(
+        aligner.preprocess_image(raw.pairs_image),
+        aligner.preprocess_text(raw.pairs_text),
+        aligner.preprocess_image(raw.unpaired_image),
+        aligner.preprocess_text(raw.unpaired_text),
+        teacher.project_image(raw.unpaired_image) if wanted else None,
+        teacher.project_text(raw.unpaired_text) if wanted else None,
+    )
+
+
+def _step(
+    setup: Setup, state: TrainState, rest: nnx.State, batch: Batch
+) -> tuple[TrainState, Metrics]:
+    """One step on a prepared batch."""
+
+    def loss_of(params):
+        aligner = nnx.merge(setup.graph, params, rest)
+        return OBJECTIVES[setup.loss.objective](aligner, batch, setup.loss)
+
+    (loss, metrics), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    optimizer = setup.optimizer.transformation()
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    params: Any = optax.apply_updates(state.params, updates)
+    metrics = {
+        "train/loss": loss,
+        **metrics,
+        "train/gradient_norm": optax.global_norm(gradient),
+        "train/parameter_norm": optax.global_norm(params),
+        "train/learning_rate": jnp.asarray(setup.optimizer.schedule()(state.step), jnp.float32),
+        "train/scale": jnp.exp(params["log_scale"][...]),
+        "train/bias": params["bias"][...],
+    }
+    return TrainState(params, opt_state, state.step + 1), metrics
+
+
+@functools.partial(
+    jax.jit, static_argnames=("setup", "length"), donate_argnames=("state",), inline=False
+)
+def run_resident(
+    setup: Setup, length: int, state: TrainState, rest: nnx.State, tables: Batch, key: Array
+) -> tuple[TrainState, Metrics]:
+    """``length`` steps in one dispatch, their batches drawn on device from prepared tables.
+
+    Args:
+        setup: the static part of the run.
+        length: steps of this dispatch.
+        state: donated.
+        rest: the aligner's variables that are not trained.
+        tables: all rows of each source, prepared.
+        key: the run's data key.
+
+    Returns:
+        The state after ``length`` steps, and the metrics of each of them, stacked.
+    """
+    pairs, image, text = setup.streams
+
+    def one(carry, _):
+        state, orders = carry
+        orders = tuple(
+            advance(stream, key, state.step, order)
+            for stream, order in zip(setup.streams, orders, strict=True)
+        )
+        rows = {
+            stream.number: batch_rows(stream, order, state.step)
+            for stream, order in zip(setup.streams, orders, strict=True)
+        }
+
+        def take(table, stream: Stream):
+            if table is None or stream.whole:
+                return table
+            return jnp.take(table, rows[stream.number], axis=0)
+
+        batch = Batch(
+            take(tables.pairs_image, pairs),
+            take(tables.pairs_text, pairs),
+            take(tables.unpaired_image, image),
+            take(tables.unpaired_text, text),
+            take(tables.teacher_image, image),
+            take(tables.teacher_text, text),
+        )
+        state, metrics = _step(setup, state, rest, batch)
+        return (state, orders), metrics
+
+    orders = tuple(first_order(stream, key, state.step) for stream in setup.streams)
+    (state, _), metrics = jax.lax.scan(one, (state, orders), None, length=length)
+    return state, metrics
+
+
+@functools.partial(jax.jit, static_argnames=("setup",), donate_argnames=("state",))
+def run_streamed(
+    setup: Setup, state: TrainState, rest: nnx.State, teacher: LinearTeacher, raw: Batch
+) -> tuple[TrainState, Metrics]:
+    """One step on a batch of raw rows that came from the host."""
+    return _step(setup, state, rest, prepare(setup, state.params, rest, teacher, raw))
