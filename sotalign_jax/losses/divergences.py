@@ -48,7 +48,8 @@ def cka(
     a, b = (_centred(rows) for rows in (image, text))
     ta, tb = (jax.lax.stop_gradient(_centred(rows)) for rows in (teacher_image, teacher_text))
     cross = _inner(a, ta, b, tb)
-    return 1.0 - cross / jnp.sqrt(_inner(a, a, b, b) * _inner(ta, ta, tb, tb))
+    # Two roots, because the product of two small squares would leave float32.
+    return 1.0 - cross / (jnp.sqrt(_inner(a, a, b, b)) * jnp.sqrt(_inner(ta, ta, tb, tb)))
 
 
 def _centred(rows):

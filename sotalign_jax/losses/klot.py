@@ -16,6 +16,8 @@ from sotalign_jax.transport.plan import Potentials
 
 __all__ = ["KLOTInfo", "klot", "klot_from_affinity"]
 
+Threshold = float | Float[ArrayLike, ""]
+
 
 class KLOTInfo(NamedTuple):
     """What the two solves behind a KLOT value did.
@@ -42,7 +44,7 @@ def klot(
     *,
     epsilon: float | Float[ArrayLike, ""] = 0.05,
     teacher_epsilon: float | Float[ArrayLike, ""] = 0.01,
-    threshold: float | Float[ArrayLike, ""] = 1e-3,
+    threshold: Threshold | tuple[Threshold, Threshold] = 1e-3,
     max_iterations: int = 500,
     iterations: int | None = None,
     init: tuple[Potentials | None, Potentials | None] | None = None,
@@ -63,7 +65,8 @@ def klot(
         teacher_text: ``(m, e)`` teacher embeddings of the same texts; a constant, no gradient.
         epsilon: regularisation of the student's plan, in units of cosine.
         teacher_epsilon: regularisation of the teacher's plan.
-        threshold: L1 marginal error at which both Sinkhorn solves stop.
+        threshold: L1 marginal error at which both Sinkhorn solves stop, or one for each plan,
+            ``(student, teacher)``: the student's gets very small in a few iterations more.
         max_iterations: budget of each solve.
         iterations: a fixed number of plain iterations instead (the paper uses 100).
         init: potentials to start from, ``(student, teacher)``, each ``(f, g)`` or ``None``; for
@@ -101,7 +104,7 @@ def klot_from_affinity(
     *,
     epsilon: float | Float[ArrayLike, ""] = 0.05,
     teacher_epsilon: float | Float[ArrayLike, ""] = 0.01,
-    threshold: float | Float[ArrayLike, ""] = 1e-3,
+    threshold: Threshold | tuple[Threshold, Threshold] = 1e-3,
     max_iterations: int = 500,
     iterations: int | None = None,
     init: tuple[Potentials | None, Potentials | None] | None = None,
@@ -120,7 +123,7 @@ def klot_from_affinity(
         teacher_affinity: ``(n, m)`` affinity of the teacher; a constant, no gradient.
         epsilon: regularisation of the student's plan, in units of ``affinity``.
         teacher_epsilon: regularisation of the teacher's plan.
-        threshold: L1 marginal error at which both Sinkhorn solves stop.
+        threshold: L1 marginal error at which the solves stop, as for :func:`klot`.
         max_iterations: budget of each solve.
         iterations: a fixed number of plain iterations instead.
         init: potentials to start from, as for :func:`klot`.
@@ -143,13 +146,14 @@ def klot_from_affinity(
             f"got {teacher_affinity.shape}"
         )
     student_init, teacher_init = (None, None) if init is None else init
+    thresholds = threshold if isinstance(threshold, tuple) else (threshold, threshold)
     return _klot(
         (max_iterations, iterations),
         affinity.astype(jnp.float32),
         jax.lax.stop_gradient(teacher_affinity.astype(jnp.float32)),
         _constant(epsilon, "epsilon"),
         _constant(teacher_epsilon, "teacher_epsilon"),
-        _constant(threshold, "threshold"),
+        tuple(_constant(value, "threshold") for value in thresholds),
         jax.lax.stop_gradient((student_init, teacher_init)),
     )
 
@@ -181,15 +185,15 @@ _klot.defvjp(_klot_fwd, _klot_bwd)
 
 def _solve_both(budget, affinity, teacher_affinity, epsilon, teacher_epsilon, threshold, init):
     plans = []
-    for name, matrix, regularisation, start in (
-        ("student", affinity, epsilon, init[0]),
-        ("teacher", teacher_affinity, teacher_epsilon, init[1]),
+    for name, matrix, regularisation, stop, start in (
+        ("student", affinity, epsilon, threshold[0], init[0]),
+        ("teacher", teacher_affinity, teacher_epsilon, threshold[1], init[1]),
     ):
         try:
             plan = solve(
                 matrix,
                 regularisation,
-                threshold=threshold,
+                threshold=stop,
                 max_iterations=budget[0],
                 iterations=budget[1],
                 init=start,

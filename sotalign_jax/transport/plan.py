@@ -32,6 +32,11 @@ _BLOCK = 5
 _ABSORB_BEYOND = 10.0
 # Over-relaxation converges for weights below 2; close to 2 it only oscillates.
 _MAX_RELAXATION = 1.95
+# It is a local method: further from the fixed point than this L1 error it overshoots.
+_RELAX_BELOW = 0.3
+# Bounds, as exponents, on what an over-relaxed block may leave behind. A plain half-step changes
+# no scaling by more than a marginal weight, so from here a plain block stays inside float32.
+_SAFE_BEYOND = 20.0
 
 
 class Plan(NamedTuple):
@@ -149,8 +154,8 @@ def solve(
             raise ValueError(
                 f"init must be potentials of shapes ({n},) and ({m},), got {f.shape} and {g.shape}"
             )
-        # A row of zero mass has potential -inf; any finite start serves it.
-        f, g = (jnp.where(jnp.isfinite(p) | jnp.isnan(p), p, 0.0) for p in (f, g))
+    # Rows and columns without mass must not count in the first update of the others.
+    f, g = jnp.where(a > 0, f, -jnp.inf), jnp.where(b > 0, g, -jnp.inf)
     epsilon = jnp.asarray(epsilon, dtype)
     threshold = jnp.asarray(threshold, dtype)
     if tau_a == 1.0 and tau_b == 1.0:
@@ -183,11 +188,16 @@ def _solve_balanced(affinity, epsilon, a, b, f, threshold, budget, relaxation, f
     f = geometry.update_potential(f, g, jnp.log(a), axis=1)
 
     def finish(kernel: AffinityGeometry, v):
-        """The plain row update on ``v``, and both marginal errors of the plan it ends in."""
+        """The plain row update on ``v``, and both marginals of the plan it ends in."""
         u = kernel.update_scaling(v, a, axis=1)
-        rows = u * kernel.apply_kernel(v, axis=1)
-        columns = v * kernel.apply_kernel(u, axis=0)
-        return u, jnp.sum(jnp.abs(rows - a)), jnp.sum(jnp.abs(columns - b))
+        return u, u * kernel.apply_kernel(v, axis=1), v * kernel.apply_kernel(u, axis=0)
+
+    def look(kernel: AffinityGeometry, u, v):
+        """Column error of the finished plan, and whether plain blocks can safely go on."""
+        finished, _, columns = finish(kernel, v)
+        safe = jnp.max(jnp.abs(_log(u) - _log(finished))) <= _SAFE_BEYOND
+        safe &= jnp.all(columns >= b * jnp.exp(-_SAFE_BEYOND))
+        return jnp.sum(jnp.abs(columns - b)), safe
 
     def run_block(kernel: AffinityGeometry, state: _State) -> _State:
         solver = sinkhorn.Sinkhorn(
@@ -201,8 +211,10 @@ def _solve_balanced(affinity, epsilon, a, b, f, threshold, budget, relaxation, f
 
         length = jnp.minimum(_BLOCK, budget - state.iterations)
         u, v = jax.lax.fori_loop(0, length, step, (state.u, state.v))
-        error = finish(kernel, v)[2]
-        weight, ceiling, keep = _next_weight(state, error, length, relaxation)
+        error, safe = look(kernel, u, v)
+        # A plain block is always progress; an over-relaxed one may have overshot.
+        keep = (safe & (error < state.error)) | (state.weight <= 1.0)
+        weight, ceiling = _next_weight(state, error, length, keep, relaxation)
         return _State(
             u=jnp.where(keep, u, state.u),
             v=jnp.where(keep, v, state.v),
@@ -219,13 +231,16 @@ def _solve_balanced(affinity, epsilon, a, b, f, threshold, budget, relaxation, f
     def absorb_and_run(carry):
         f, g, state, _ = carry
         kernel = geometry.absorb(f, g)
-        state = state._replace(u=jnp.ones_like(a), v=jnp.ones_like(b))
+        u, v = jnp.ones_like(a), jnp.ones_like(b)
+        error, _ = look(kernel, u, v)
+        error = jnp.where(_ok(state), state.error, error)
         state = jax.lax.while_loop(
             lambda s: unfinished(s) & (_excursion(s) <= _ABSORB_BEYOND),
             lambda s: run_block(kernel, s),
-            state._replace(error=jnp.where(_ok(state), state.error, finish(kernel, state.v)[2])),
+            state._replace(u=u, v=v, error=error),
         )
-        u, row_error, column_error = finish(kernel, state.v)
+        u, rows, columns = finish(kernel, state.v)
+        row_error, column_error = jnp.sum(jnp.abs(rows - a)), jnp.sum(jnp.abs(columns - b))
         over_relaxed = f + epsilon * jnp.log(state.u)
         g = g + epsilon * jnp.log(state.v)
         # The finished row potential ends the plan; the over-relaxed one carries on the iteration.
@@ -264,26 +279,31 @@ def _ok(state: _State):
     return jnp.isfinite(state.error)
 
 
+def _log(scaling):
+    """Logarithm of a scaling, 0 where it belongs to no mass."""
+    return jnp.log(jnp.where(scaling > 0, scaling, 1.0))
+
+
 def _excursion(state: _State):
-    """How far, in the exponent, the scalings have left one; zero masses have scaling zero."""
-    return jnp.maximum(*(jnp.max(jnp.abs(jnp.log(jnp.where(s > 0, s, 1.0)))) for s in state[:2]))
+    """How far, in the exponent, the scalings have left one."""
+    return jnp.maximum(jnp.max(jnp.abs(_log(state.u))), jnp.max(jnp.abs(_log(state.v))))
 
 
-def _next_weight(state: _State, error, length, relaxation):
-    """Weight of the next block, its ceiling, and whether to keep the block just done.
+def _next_weight(state: _State, error, length, keep, relaxation):
+    """Weight of the next block and its ceiling, given the error of the block just done.
 
     With contraction ``rate`` per iteration at weight ``w > 1 - rate``, Young's relation gives the
     squared spectral radius of plain half-steps, hence the best weight ``2 / (1 + sqrt(1 - r))``.
     """
     weight = state.weight
-    keep = (error < state.error) | (weight <= 1.0)
     rate = (error / state.error) ** (1.0 / jnp.maximum(length, 1))
     plain_rate = jnp.clip((rate + weight - 1.0) ** 2 / (rate * weight**2), 0.0, 0.9999)
     best = jnp.where(rate > weight - 1.0, 2.0 / (1.0 + jnp.sqrt(1.0 - plain_rate)), weight)
     ceiling = jnp.where(keep, state.ceiling, jnp.maximum(1.0, weight - 0.2))
     proposal = jnp.where(keep & jnp.isfinite(best), jnp.maximum(best, relaxation), 1.0)
     proposal = jnp.where(keep, proposal, ceiling)
-    return jnp.minimum(proposal, ceiling), ceiling, keep
+    proposal = jnp.where(jnp.where(keep, error, state.error) < _RELAX_BELOW, proposal, 1.0)
+    return jnp.minimum(proposal, ceiling), ceiling
 
 
 def _feasible(affinity, a, b):
@@ -317,30 +337,40 @@ def _placeable(affinity, mass, axis: int):
 def _solve_unbalanced(
     affinity, epsilon, a, b, f, g, threshold, tau_a, tau_b, max_iterations, iterations
 ) -> Plan:
-    """The log-sum-exp loop of ``ott``: absorption does not commute with ``tau < 1``."""
+    """Log-sum-exp steps of ``ott``: absorption does not commute with ``tau < 1``."""
     geometry = AffinityGeometry(affinity, epsilon)
     problem = linear_problem.LinearProblem(geometry, a=a, b=b, tau_a=tau_a, tau_b=tau_b)
-    fixed = iterations is not None
-    budget = iterations if iterations is not None else max_iterations
-    inner = 1 if fixed else min(2 * _BLOCK, budget)
-    solver = sinkhorn.Sinkhorn(
-        threshold=threshold,
-        inner_iterations=inner,
-        min_iterations=budget if fixed else 0,
-        max_iterations=budget,
+    solver = sinkhorn.Sinkhorn()
+    budget = max_iterations if iterations is None else iterations
+
+    def step(i, potentials):
+        return solver.lse_step(problem, sinkhorn.SinkhornState(potentials), i).potentials
+
+    def run_block(carry):
+        f, g, done, _, _ = carry
+        length = jnp.minimum(_BLOCK, budget - done)
+        f, g = jax.lax.fori_loop(0, length, step, (f, g))
+        rows = geometry.marginal_from_potentials(f, g, axis=1)
+        columns = geometry.marginal_from_potentials(f, g, axis=0)
+        row_error = jnp.sum(jnp.abs(rows - _unbalanced_target(a, f, tau_a, epsilon)))
+        column_error = jnp.sum(jnp.abs(columns - _unbalanced_target(b, g, tau_b, epsilon)))
+        return f, g, done + length, row_error, column_error
+
+    def unfinished(carry):
+        _, _, done, row_error, column_error = carry
+        inexact = jnp.maximum(row_error, column_error) >= threshold
+        return (done < budget) & (inexact | (iterations is not None))
+
+    infinite = jnp.asarray(jnp.inf, affinity.dtype)
+    f, g, done, row_error, column_error = jax.lax.while_loop(
+        unfinished, run_block, (f, g, jnp.asarray(0, jnp.int32), infinite, infinite)
     )
-    out = sinkhorn.iterations(problem, solver, (f, g))
-    f, g = out.f, out.g
-    row_target = _unbalanced_target(a, f, tau_a, epsilon)
-    column_target = _unbalanced_target(b, g, tau_b, epsilon)
-    row_error = jnp.sum(jnp.abs(geometry.marginal_from_potentials(f, g, axis=1) - row_target))
-    column_error = jnp.sum(jnp.abs(geometry.marginal_from_potentials(f, g, axis=0) - column_target))
     return _checked(
         Plan(
             f=f,
             g=g,
             epsilon=epsilon,
-            iterations=jnp.asarray(out.n_iters, jnp.int32),
+            iterations=done,
             row_error=row_error,
             column_error=column_error,
             converged=(row_error < threshold) & (column_error < threshold),
