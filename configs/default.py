@@ -1,4 +1,4 @@
-"""Every field of a run with its meaning and the paper's value. Copy this file, keep what you change.
+"""Every field of a run with its meaning and the paper's value. Copy what you change.
 
     sotalign train --config=configs/default.py --workdir=runs/cc3m \
         --config.data.files.image=... --config.data.files.text=... (and the other files)
@@ -21,12 +21,13 @@ def get_config(arg=None):
     # ---- rows
     config.data.name = "files"  # files | emoji | platonic
     config.data.n_pairs = 10_000  # paper: 1e2 .. 1e5
-    config.data.n_unpaired = 0  # a side; 0 takes all there are (paper: 1e4 .. 1e6)
+    config.data.n_unpaired = 0  # a side; 0: all there are, platonic: 20,000 (paper: 1e4 .. 1e6)
     config.data.resident = "auto"  # all rows on device: auto | always | never (stream from disk)
-    config.data.resident_gib = 8.0  # what "auto" may use of the device, in GiB of float32 rows
+    config.data.resident_gib = 8.0  # what "auto" may use of the device, in GiB
     # Any format that `sotalign inspect` opens. Rows join by id wherever both sides have ids.
     config.data.files.image = ""  # the paired corpus, images
     config.data.files.text = ""  # the paired corpus, texts
+    config.data.files.on = "auto"  # join by: ids | rows | auto (ids where both sides have them)
     # Unpaired rows: the rest of the paired corpus, the same items on both sides, each side shuffled
     # (aligned); two halves of it (disjoint); other corpora (independent).
     config.data.files.mode = "disjoint"
@@ -46,7 +47,7 @@ def get_config(arg=None):
 
     # ---- teacher, fitted on the pairs
     config.teacher.name = "cca"  # cca | procrustes | contrastive
-    config.teacher.dim = 0  # 0: as many directions as the pairs support
+    config.teacher.dim = 0  # 0: as many directions as the pairs support; contrastive needs one
     config.teacher.ridge = 0.1
     config.teacher.ridge_on = "covariance"  # covariance (authors' code) | scatter (appendix C)
     config.teacher.weighted = False  # both sides times the root of the canonical correlations
@@ -92,7 +93,7 @@ def get_config(arg=None):
     # ---- rhythm, in steps
     config.log_every = 10  # steps of one dispatch, and of one line in metrics.jsonl
     config.eval_every = 100  # 0: only at the end
-    config.checkpoint_every = 100  # 0: never, a killed run begins anew
+    config.checkpoint_every = 100  # 0: only at the end, a killed run begins anew
     config.select = "last"  # last | best (checkpoint with the highest select_metric on validation)
     config.select_metric = "mean_recall@1"
     config.metrics.tensorboard = False

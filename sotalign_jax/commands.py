@@ -14,6 +14,7 @@ from sotalign_jax import features, sweeps, training
 from sotalign_jax.config import Config, validate
 from sotalign_jax.features import FeatureTable, Pairs
 from sotalign_jax.models import Aligner
+from sotalign_jax.training.evaluate import check_width
 from sotalign_jax.training.workdir import read_json, write_json
 
 __all__ = ["compare", "embed", "evaluate", "fit_teacher", "inspect", "train"]
@@ -46,6 +47,8 @@ def fit_teacher(
     """Fit the linear teacher alone, save it as an aligner, print its retrieval."""
     console = console or Console()
     config = validate(config)
+    if (Path(out) / "aligner").exists():
+        raise ValueError(f"out: {Path(out) / 'aligner'} exists; give another directory")
     splits = training.load_splits(config)
     teacher = Aligner.from_teacher(training.fit_teacher(config, splits))
     scores = {
@@ -72,6 +75,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Retrieval of a trained aligner on the run's own test pairs, or on given features."""
     console = console or Console()
+    if out is not None and Path(out).exists():
+        raise ValueError(f"out: {out} exists; give another file or remove it")
     aligner = load_aligner(workdir)
     pairs = _given_pairs(image, text) or _test_pairs(workdir)
     scores = training.evaluate(aligner, pairs)
@@ -79,6 +84,7 @@ def evaluate(
     add_scores(table, "aligner", scores)
     console.print(table)
     if out is not None:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(out), scores)
     return scores
 
@@ -102,12 +108,14 @@ def embed(
     if text is not None:
         tables["text"] = features.open_features(text, modality="text")
     root = Path(out) if out is not None else Path(workdir) / "embeddings"
+    for side, table in tables.items():
+        if (root / side).exists():
+            raise ValueError(f"out: {root / side} exists; give another directory or remove it")
+        check_width(aligner, side, table)
+        features.check_finite(table)
     written = []
     for side, table in tables.items():
         target = root / side
-        if target.exists():
-            raise ValueError(f"out: {target} exists; give another directory or remove it")
-        features.check_finite(table)
         with console.status(f"embedding {len(table)} rows of {table.name}"):
             rows = training.embed_rows(aligner, side, table)
         features.write_store(
@@ -249,9 +257,12 @@ def _describe_run(table: Table, path: Path) -> None:
     table.add_row("data", f"{config['data']['name']}, {config['data']['n_pairs']} pairs")
     metrics = path / "metrics.jsonl"
     if metrics.exists() and (lines := metrics.read_text(encoding="utf-8").splitlines()):
-        last = json.loads(lines[-1])
+        # A kill may have cut the last line off.
+        whole = [line for line in lines[-2:] if line.endswith("}")]
+        last = json.loads(whole[-1]) if whole else {"step": 0}
         table.add_row("step", f"{last['step']} of {config['steps']}")
-        table.add_row("loss", f"{last['train/loss']:.6g}")
+        if "train/loss" in last:
+            table.add_row("loss", f"{last['train/loss']:.6g}")
     if (path / "results.json").exists():
         results = read_json(path / "results.json")
         for name in ("val", "teacher_val", "test", "teacher_test"):

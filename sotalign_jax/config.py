@@ -5,12 +5,22 @@ by a test. An experiment starts from :func:`default_config` and assigns.
 """
 
 import difflib
-from collections.abc import Iterator, Mapping
+import re
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
 
-__all__ = ["Config", "ConfigError", "default_config", "differences", "flatten", "validate"]
+__all__ = [
+    "Config",
+    "ConfigError",
+    "default_config",
+    "differences",
+    "explain",
+    "flatten",
+    "validate",
+]
 
 
 # ConfigDict, whose fields a type checker knows only as a union of everything.
@@ -39,6 +49,7 @@ def default_config() -> Config:
     config.data.files.text = ""
     config.data.files.unpaired_image = ""
     config.data.files.unpaired_text = ""
+    config.data.files.on = "auto"
     config.data.files.mode = "disjoint"
     config.data.files.val_image = ""
     config.data.files.val_text = ""
@@ -122,6 +133,7 @@ _CHOICES = {
     "objective": ("sotalign", "sail", "sail_semi"),
     "data.name": ("emoji", "platonic", "files"),
     "data.resident": ("auto", "always", "never"),
+    "data.files.on": ("auto", "ids", "rows"),
     "data.files.mode": ("aligned", "disjoint", "independent"),
     "data.emoji.image": ("google", "fluent3d"),
     "data.emoji.text": ("label_tags", "label"),
@@ -135,6 +147,9 @@ _CHOICES = {
     "loss.divergence": ("klot", "cka", "info_nce"),
     "optimizer.name": ("lion", "adamw"),
     "select": ("last", "best"),
+    "select_metric": tuple(
+        f"{side}recall@{k}" for side in ("mean_", "t2i/", "i2t/") for k in (1, 5, 10)
+    ),
 }
 _POSITIVE = (
     "steps",
@@ -189,7 +204,7 @@ def validate(config: Config) -> Config:
         if name.startswith(("compare.methods.", "compare.grids.")):
             continue
         if name not in known:
-            raise ConfigError(f"config.{name}: no such field{_suggestion(name, known)}")
+            raise ConfigError(f"config.{name}: {_unknown(name, known)}")
         if isinstance(value, ml_collections.ConfigDict):
             continue
         _assign(complete, name, value)
@@ -198,23 +213,45 @@ def validate(config: Config) -> Config:
         with complete.compare.unlocked():
             complete.compare[table] = ml_collections.ConfigDict(given)
         for method, fields in given.items():
-            for name in flatten(fields):
-                if name not in known:
-                    raise ConfigError(
-                        f"config.compare.{table}.{method}: no such field {name!r}"
-                        f"{_suggestion(name, known)}"
-                    )
+            _check_method(f"config.compare.{table}.{method}", fields, grid=table == "grids")
+    for name in complete.compare.grids:
+        if name not in complete.compare.methods:
+            raise ConfigError(
+                f"config.compare.grids.{name}: no such method"
+                f"{_suggestion(name, list(complete.compare.methods))}"
+            )
     _check_values(complete)
     return complete
 
 
-def _assign(config: Config, name: str, value: Any) -> None:
+def _check_method(path: str, fields: Any, *, grid: bool) -> None:
+    """Fields of a method, or the values of each in its grid: known, and of the right type."""
+    if not isinstance(fields, Mapping | ml_collections.ConfigDict):
+        raise ConfigError(f"{path}: must be a table of fields, got {fields!r}")
+    trial = default_config()
+    known = flatten(trial)
+    for name, value in flatten(fields).items():
+        if name not in known:
+            raise ConfigError(f"{path}.{name}: {_unknown(name, known)}")
+        if name == "seed":
+            raise ConfigError(f"{path}.seed: the seeds of a comparison are compare.seeds")
+        if grid and (not isinstance(value, tuple | list) or not value):
+            raise ConfigError(f"{path}.{name}: must be a tuple of values to try, got {value!r}")
+        for one in value if grid else (value,):
+            _assign(trial, name, one, path=f"{path}.")
+
+
+def _assign(config: Config, name: str, value: Any, path: str = "config.") -> None:
+    expected = type(flatten(config)[name])
     try:
+        # ConfigDict would take None, and True as a number.
+        if value is None or (isinstance(value, bool) and expected is not bool):
+            raise TypeError
         config.update_from_flattened_dict({name: value})
     except (TypeError, ValueError) as error:
-        expected = type(flatten(config)[name]).__name__
         raise ConfigError(
-            f"config.{name}: must be of type {expected}, got {value!r} ({type(value).__name__})"
+            f"{path}{name}: must be of type {expected.__name__}, got {value!r} "
+            f"({type(value).__name__})"
         ) from error
 
 
@@ -231,10 +268,15 @@ def _check_values(config: Config) -> None:
     for name in _NOT_NEGATIVE:
         if not flat[name] >= 0:
             raise ConfigError(f"config.{name}: must not be negative, got {flat[name]}")
-    if not 0 <= config.optimizer.warmup < 1:
+    for name in ("warmup", "b1", "b2"):
+        if not 0 <= config.optimizer[name] < 1:
+            raise ConfigError(
+                f"config.optimizer.{name}: must lie in [0, 1), got {config.optimizer[name]}"
+            )
+    if config.select == "best" and not config.checkpoint_every:
         raise ConfigError(
-            "config.optimizer.warmup: the fraction of steps that warm up must lie in [0, 1), "
-            f"got {config.optimizer.warmup}"
+            "config.checkpoint_every: select='best' chooses among checkpoints; must be positive, "
+            "got 0"
         )
     for name in ("eval_every", "checkpoint_every"):
         if flat[name] % config.log_every:
@@ -242,20 +284,34 @@ def _check_values(config: Config) -> None:
                 f"config.{name}: must be a multiple of log_every ({config.log_every}), the steps "
                 f"of one dispatch, got {flat[name]}"
             )
-    if config.model.init == "teacher" and (
-        config.model.layer != "linear" or config.model.layer_norm
-    ):
-        raise ConfigError(
-            "config.model.init: 'teacher' is an exact start for a linear layer without LayerNorm "
-            "only; set model.layer='linear' and model.layer_norm=False, or init='random'"
-        )
+    if config.model.init == "teacher":
+        if config.model.layer != "linear" or config.model.layer_norm:
+            raise ConfigError(
+                "config.model.init: 'teacher' is an exact start for a linear layer without "
+                "LayerNorm only; set model.layer='linear' and model.layer_norm=False, or "
+                "init='random'"
+            )
+        if not (config.model.normalize and config.model.center):
+            raise ConfigError(
+                "config.model.init: 'teacher' brings the teacher's preprocessing; set "
+                "model.normalize=True and model.center=True, or init='random'"
+            )
+    if config.teacher.name == "contrastive":
+        if not config.teacher.dim:
+            raise ConfigError("config.teacher.dim: must be positive for the contrastive teacher")
+        if config.teacher.center != "pairs":
+            raise ConfigError(
+                "config.teacher.center: the contrastive teacher centres on the pairs; must be "
+                f"'pairs', got {config.teacher.center!r}"
+            )
+    for name in ("seeds", "tune_seeds"):
+        seeds = config.compare[name]
+        if not all(isinstance(s, int) and s >= 0 for s in seeds) or len(set(seeds)) < len(seeds):
+            raise ConfigError(
+                f"config.compare.{name}: must be distinct whole numbers, not negative, got {seeds}"
+            )
     if config.loss.teacher_epsilon == 0 and config.loss.divergence == "klot":
         raise ConfigError("config.loss.teacher_epsilon: must be positive for klot, got 0")
-    if not config.select_metric.startswith(("mean_recall@", "t2i/recall@", "i2t/recall@")):
-        raise ConfigError(
-            f"config.select_metric: got {config.select_metric!r}; must be a recall, for instance "
-            "mean_recall@1"
-        )
 
 
 def flatten(config: Config, prefix: str = "") -> dict[str, Any]:
@@ -288,6 +344,40 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _suggestion(name: str, known: Mapping[str, Any]) -> str:
+def explain(error: Exception, arguments: Sequence[str]) -> str:
+    """One line on why a config file, or a ``--config.FIELD`` on the command line, was not read.
+
+    Args:
+        error: what reading them raised.
+        arguments: the command line.
+
+    Returns:
+        The field, or file and line of the config file, and what was wrong.
+    """
+    known = flatten(default_config())
+    if isinstance(error, AttributeError | KeyError):
+        for argument in arguments:
+            name = argument.lstrip("-").split("=")[0].removeprefix("config.")
+            if argument.lstrip("-").startswith("config.") and name not in known:
+                return f"--config.{name}: {_unknown(name, known)}"
+    message = str(error.args[0] if error.args else error)
+    if found := re.search(r'Key "(\w+)" does not exist', message):
+        near = re.search(r'Did you mean "(\w+)"', message)
+        message = f"no such field {found[1]!r}" + (f"; did you mean {near[1]}?" if near else "")
+    else:
+        message = [line.strip() for line in message.splitlines() if line.strip()][-1]
+    # A ValueError or TypeError of a config file reaches us with its traceback as text.
+    trace = "".join(traceback.format_tb(error.__traceback__)) + str(error)
+    places = re.findall(r'File "(.+)", line (\d+), in get_config', trace)
+    return f"{':'.join(places[-1])}: {message}" if places else message
+
+
+def _unknown(name: str, known: Mapping[str, Any]) -> str:
+    if any(field.startswith(f"{name}.") for field in known):
+        return "is a group of fields, not a field"
+    return f"no such field{_suggestion(name, known)}"
+
+
+def _suggestion(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {near[0]}?" if near else ""

@@ -4,10 +4,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from sotalign_jax import commands
+from sotalign_jax.config import explain
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, as FILE.py or FILE.py:arg.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; given again, it goes on.")
@@ -52,12 +53,27 @@ def _main(argv: list[str]) -> int:
         else:
             COMMANDS[name]()
     except (ValueError, OSError, ImportError) as error:
-        print(f"sotalign {name}: error: {error}", file=sys.stderr)
-        return 2
+        return _report(name, "error", str(error), 2)
     except FloatingPointError as error:
-        print(f"sotalign {name}: training stopped: {error}", file=sys.stderr)
-        return 3
+        return _report(name, "training stopped", str(error), 3)
     return 0
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        rest = flags.FLAGS(argv)
+        if _CONFIG.value is not None:
+            _CONFIG.value.items()  # a config file that was not found fails when it is first used
+    except Exception as error:  # a config file is a program: anything may come out of it
+        sys.exit(_report(argv[1], "error", explain(error, argv), 2))
+    if flags.FLAGS["verbosity"].using_default_value:
+        flags.FLAGS.verbosity = logging.WARNING  # or absl will show all that orbax has to say
+    return rest
+
+
+def _report(name: str, what: str, message: str, status: int) -> int:
+    print(f"sotalign {name}: {what}: {' '.join(message.splitlines())}", file=sys.stderr)
+    return status
 
 
 def run() -> None:
@@ -66,4 +82,4 @@ def run() -> None:
     if command not in (*COMMANDS, "inspect"):
         print(USAGE)
         sys.exit(0 if command in ("", "help", "-h", "--help") else 2)
-    app.run(_main)
+    app.run(_main, flags_parser=_parse)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -16,29 +16,25 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from sotalign_jax.features.store import FeatureTable
-
 __all__ = ["Batch", "Stream", "advance", "batch_rows", "first_order", "stream_batches"]
 
-T = TypeVar("T")
 
-
-class Batch(NamedTuple, Generic[T]):
-    """The three data sources, or one batch of them; ``teacher_*`` are the unpaired rows projected.
+class Batch(NamedTuple):
+    """The three data sources, or one batch of them: all tables, or all arrays.
 
     Attributes:
         pairs_image: rows of the paired images.
         pairs_text: rows of the paired texts; row i belongs to image row i.
         unpaired_image: rows of the unpaired images.
         unpaired_text: rows of the unpaired texts, in no relation to the images.
-        teacher_image: what the teacher makes of ``unpaired_image``; None where nobody asks.
-        teacher_text: what the teacher makes of ``unpaired_text``.
+        teacher_image: ``unpaired_image`` projected by the teacher; None where nobody asks.
+        teacher_text: ``unpaired_text`` projected by the teacher.
     """
 
-    pairs_image: T
-    pairs_text: T
-    unpaired_image: T
-    unpaired_text: T
+    pairs_image: Any
+    pairs_text: Any
+    unpaired_image: Any
+    unpaired_text: Any
     teacher_image: Any = None
     teacher_text: Any = None
 
@@ -101,34 +97,32 @@ def batch_rows(stream: Stream, order: Array, step: Int[Array, ""] | int) -> Int[
 
 
 def stream_batches(
-    tables: Batch[FeatureTable],
+    tables: Batch,
     streams: tuple[Stream, Stream, Stream],
     key: Array,
     start: int,
     stop: int,
     *,
     threads: int = 4,
-    prefetch: int = 2,
-) -> Iterator[Batch[np.ndarray]]:
+) -> Iterator[Batch]:
     """Batches of raw rows for the steps ``start .. stop - 1``, read ahead by background threads.
 
     Draws exactly the rows that :func:`batch_rows` draws on device.
 
     Args:
-        tables: the sources; the teacher's fields are ignored.
+        tables: the sources, each a `FeatureTable`; the teacher's fields are ignored.
         streams: of the pairs, the unpaired images and the unpaired texts.
         key: the run's data key.
         start: first step.
         stop: one past the last step.
-        threads: reader threads, one batch each.
-        prefetch: batches held ready.
+        threads: reader threads, and batches held ready.
 
     Yields:
         A batch of float32 rows a step.
     """
     pairs, image, text = (_host_rows(stream, key) for stream in streams)
 
-    def read(step: int) -> Batch[np.ndarray]:
+    def read(step: int) -> Batch:
         chosen = pairs(step)
         return Batch(
             tables.pairs_image.take(chosen),
@@ -137,7 +131,7 @@ def stream_batches(
             tables.unpaired_text.take(text(step)),
         )
 
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, prefetch))
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     yield from grain.MapDataset.range(start, stop).map(read).to_iter_dataset(options)
 
 

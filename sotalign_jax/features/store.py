@@ -22,7 +22,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Int
 from numpy.typing import ArrayLike
 
 __all__ = [
@@ -314,6 +314,12 @@ class FeatureTable:
         starts = range(0, len(self), size)
         return (self.read(slice(start, start + size)) for start in starts)
 
+    def disk_order(self) -> Int[np.ndarray, " n"]:
+        """Indices of all rows in the order in which they are stored."""
+        if self._selection is None:
+            return np.arange(len(self))
+        return np.argsort(self._selection, kind="stable")
+
     def array(self) -> Float32[np.ndarray, "n d"]:
         """All rows as one float32 array in memory."""
         return self.read(slice(None))
@@ -428,13 +434,15 @@ def check_finite(table: FeatureTable, name: str | None = None) -> None:
     Raises:
         ValueError: naming the table, how many rows are bad, and the first one (and its id).
     """
-    bad, first, start = 0, -1, 0
-    for chunk in table.chunks(_chunk_rows(table.dim)):
-        wrong = ~np.isfinite(chunk).all(axis=1)
-        if first < 0 and wrong.any():
-            first = start + int(wrong.argmax())
-        bad += int(wrong.sum())
-        start += len(chunk)
+    # In the order of the disk, whatever the order of the selection: each block is read once.
+    order = table.disk_order()
+    size = _chunk_rows(table.dim)
+    bad, first = 0, len(table)
+    for start in range(0, len(table), size):
+        rows = order[start : start + size]
+        wrong = rows[~np.isfinite(table.take(rows)).all(axis=1)]
+        bad += len(wrong)
+        first = min(first, int(wrong.min(initial=first)))
     if bad:
         which = "" if table.ids is None else f" (id {str(table.ids[first])!r})"
         raise ValueError(

@@ -3,7 +3,7 @@ r"""KLOT: the Kullback-Leibler divergence between a teacher's and a student's tr
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from sotalign_jax.losses.affinity import check_same_rows, cosine_affinity
-from sotalign_jax.transport import Plan, solve
+from sotalign_jax.transport import Plan, ProblemError, solve
 from sotalign_jax.transport.plan import Potentials
 
 __all__ = ["KLOTInfo", "klot", "klot_from_affinity"]
@@ -146,8 +146,8 @@ def klot_from_affinity(
             f"got {teacher_affinity.shape}"
         )
     student_init, teacher_init = (None, None) if init is None else init
-    thresholds = threshold if isinstance(threshold, tuple) else (threshold, threshold)
-    return _klot(
+    thresholds = threshold if isinstance(threshold, tuple | list) else (threshold, threshold)
+    out: Any = _klot(
         (max_iterations, iterations),
         affinity.astype(jnp.float32),
         jax.lax.stop_gradient(teacher_affinity.astype(jnp.float32)),
@@ -156,6 +156,8 @@ def klot_from_affinity(
         tuple(_constant(value, "threshold") for value in thresholds),
         jax.lax.stop_gradient((student_init, teacher_init)),
     )
+    value, info = out
+    return value, jax.lax.stop_gradient(info)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -198,8 +200,8 @@ def _solve_both(budget, affinity, teacher_affinity, epsilon, teacher_epsilon, th
                 iterations=budget[1],
                 init=start,
             )
-        except ValueError as error:
-            raise ValueError(f"{name} plan: {error}") from None
+        except ProblemError as error:
+            raise ProblemError(f"{name} plan: {error}") from error
         plans.append(plan)
     return KLOTInfo(*plans)
 

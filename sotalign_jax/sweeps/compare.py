@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 from collections.abc import Iterator, Mapping
@@ -52,19 +53,30 @@ def compare(config, workdir: str | os.PathLike, *, console: Console | None = Non
     if not config.compare.methods:
         raise ConfigError("config.compare.methods: names no method, nothing to compare")
     home = Workdir(workdir, config)
-    home.start(config)
     methods = {name: fields.to_dict() for name, fields in config.compare.methods.items()}
     for name, fields in methods.items():
         validate(_with(config, fields, config.seed))  # all of them, before the first one runs
-        if name == config.compare.teacher:
-            raise ConfigError(f"config.compare.teacher: {name} is also the name of a method")
+        if name in (config.compare.teacher, "tuning"):
+            raise ConfigError(f"config.compare.methods.{name}: this name is taken, choose another")
+    if not config.compare.seeds:
+        raise ConfigError("config.compare.seeds: must name at least one seed, got none")
+    with home.locked():
+        return _compare(config, home, methods, console)
+
+
+def _compare(config, home: Workdir, methods, console: Console) -> Results:
+    # Input is checked by reading it, before the directory is taken for this configuration.
+    first = _with(config, next(iter(methods.values())), config.compare.seeds[0])
+    inputs = _InputCache(test=True)
+    if not home.started:
+        inputs.get(validate(first))
+    home.start(config)
     if config.compare.tune_seeds:
         methods = _tune(config, methods, home.path / "tuning", console)
         write_json(home.path / "tuning.json", methods)
 
     results: Results = {name: {} for name in (config.compare.teacher, *methods) if name}
     for seed in config.compare.seeds:
-        inputs = _InputCache()
         for name, fields in methods.items():
             outcome = _run(config, fields, seed, home.path / name / f"seed_{seed}", inputs)
             if "test" not in outcome:
@@ -74,6 +86,8 @@ def compare(config, workdir: str | os.PathLike, *, console: Console | None = Non
             if config.compare.teacher and "teacher" not in fields and "data" not in fields:
                 results[config.compare.teacher][str(seed)] = outcome["teacher_test"]
             _report_run(console, name, seed, outcome)
+        inputs = _InputCache(test=True)
+    results = _ascending(results, config.select_metric)
     write_json(home.results, results)
     write_json(home.path / "summary.json", _summary(results))
     console.print(_table(results, config.data.n_pairs))
@@ -83,15 +97,19 @@ def compare(config, workdir: str | os.PathLike, *, console: Console | None = Non
 
 
 class _InputCache:
-    """Data and teacher of the last runs of a seed: most methods share them."""
+    """Data and teacher of a seed, which most methods share; for tuning, without the test pairs."""
 
-    def __init__(self):
+    def __init__(self, *, test: bool):
+        self._test = test
         self._inputs: dict[str, Inputs] = {}
 
     def get(self, config) -> Inputs:
         key = config.data.to_json() + config.teacher.to_json() + str(config.seed)
         if key not in self._inputs:
-            self._inputs[key] = load_inputs(config)
+            inputs = load_inputs(config)
+            if not self._test:
+                inputs = inputs._replace(splits=dataclasses.replace(inputs.splits, test=None))
+            self._inputs[key] = inputs
         return self._inputs[key]
 
 
@@ -102,6 +120,8 @@ def _with(config: Config, fields: Mapping[str, Any], seed: int) -> Config:
     for name, value in flatten(fields).items():
         run.update_from_flattened_dict({name: value})
     run.seed = seed
+    if run.select == "last":
+        run.eval_every = 0  # only the end counts
     del run.compare
     return run
 
@@ -121,19 +141,23 @@ def _tune(config, methods, path: Path, console: Console) -> dict[str, dict[str, 
         if name not in config.compare.grids:
             tuned[name] = fields
             continue
-        table = Table(title=f"{name}: {metric} on validation", title_justify="left")
-        table.add_column("point")
+        table = Table("point")
         table.add_column("mean", justify="right")
         scored = []
+        inputs = {seed: _InputCache(test=False) for seed in config.compare.tune_seeds}
         for number, point in enumerate(_points(config.compare.grids[name])):
             candidate = _merged(fields, point)
             values = []
             for seed in config.compare.tune_seeds:
                 target = path / name / f"point_{number}" / f"seed_{seed}"
-                values.append(_run(config, candidate, seed, target, _InputCache())["val"][metric])
+                outcome = _run(config, candidate, seed, target, inputs[seed])
+                if "val" not in outcome:
+                    raise ConfigError("config.data: has no validation pairs to tune on")
+                values.append(outcome["val"][metric])
             scored.append((float(np.mean(values)), candidate))
-            label = ", ".join(f"{key}={value:g}" for key, value in point.items())
+            label = ", ".join(f"{key}={value}" for key, value in point.items())
             table.add_row(label, f"{scored[-1][0]:.4f}")
+        console.print(f"{name}: {metric} on validation", highlight=False)
         console.print(table)
         tuned[name] = max(scored, key=lambda pair: pair[0])[1]
     return tuned
@@ -177,8 +201,15 @@ def _spread(values: np.ndarray) -> float:
     return float(values.std(ddof=1)) if len(values) > 1 else 0.0
 
 
+def _ascending(results: Results, metric: str) -> Results:
+    """Methods that have scores, the best last."""
+    scored = [name for name, scores in results.items() if scores]
+    scored.sort(key=lambda name: float(_values(results, name, metric).mean()))
+    return {name: results[name] for name in scored}
+
+
 def _pairs_of_methods(results: Results) -> Iterator[tuple[str, str]]:
-    """Later methods against those before them: a config lists baselines first."""
+    """Every method against those below it."""
     names = list(results)
     for j, name in enumerate(names):
         for reference in names[:j]:

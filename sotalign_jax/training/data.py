@@ -22,6 +22,8 @@ from sotalign_jax.teachers import (
 __all__ = ["fit_teacher", "load_splits"]
 
 _CHUNK = 8_192
+# Pairs a step of the contrastive teacher: all of the paper's 10,000.
+_CONTRASTIVE_BATCH = 10_000
 
 
 def load_splits(config: Config) -> Splits:
@@ -83,7 +85,7 @@ def _from_files(config: Config) -> Splits:
     image, text = _open(files, "image"), _open(files, "text")
     val = _held_out(files, "val")
     test = _held_out(files, "test")
-    corpus = features.pair(image, text)
+    corpus = features.pair(image, text, on=files.on)
     if files.n_val and val is not None:
         raise ConfigError("config.data.files.n_val: give this or val_image and val_text, not both")
     if files.n_val:
@@ -103,6 +105,8 @@ def _from_files(config: Config) -> Splits:
         seed=config.seed,
         unpaired_image=_open(files, "unpaired_image") if independent else None,
         unpaired_text=_open(files, "unpaired_text") if independent else None,
+        exclude=_held_out_ids(corpus, val, test),
+        on=files.on,
     )
     return Splits(
         pairs=pairs,
@@ -128,7 +132,14 @@ def _held_out(files, name: str) -> Pairs | None:
         return None
     if not all(given):
         raise ConfigError(f"config.data.files.{name}_image, {name}_text: give both or neither")
-    return features.pair(_open(files, f"{name}_image"), _open(files, f"{name}_text"))
+    image, text = _open(files, f"{name}_image"), _open(files, f"{name}_text")
+    return features.pair(image, text, on=files.on)
+
+
+def _held_out_ids(corpus: Pairs, *held_out: Pairs | None) -> np.ndarray | None:
+    """Ids that must not be trained on, where the tables have ids to compare."""
+    ids = [p.image.ids for p in held_out if p is not None and p.image.ids is not None]
+    return np.concatenate(ids) if ids and corpus.image.ids is not None else None
 
 
 def _split_off(corpus: Pairs, count: int, seed: int) -> tuple[Pairs, Pairs]:
@@ -141,7 +152,8 @@ def _split_off(corpus: Pairs, count: int, seed: int) -> tuple[Pairs, Pairs]:
     # Its own stream of random numbers: the pairs are drawn from `seed` itself.
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1,)))
     order = rng.permutation(len(corpus.image))
-    return _restrict(corpus, order[count:]), _restrict(corpus, order[:count])
+    # In the order of the corpus: tables without ids go on being joined row by row.
+    return _restrict(corpus, np.sort(order[count:])), _restrict(corpus, np.sort(order[:count]))
 
 
 def _restrict(pairs: Pairs, image_rows: np.ndarray) -> Pairs:
@@ -172,6 +184,12 @@ def fit_teacher(config: Config, splits: Splits) -> LinearTeacher:
     settings = config.teacher
     moments = _pair_moments(splits)
     if settings.center == "unpaired":
+        for table in (splits.unpaired_image, splits.unpaired_text):
+            if not len(table):
+                raise ConfigError(
+                    "config.teacher.center: 'unpaired' takes the means of the unpaired rows, but "
+                    f"{table.name} has none; take 'pairs'"
+                )
         moments = recentered(
             moments, _unit_mean(splits.unpaired_image), _unit_mean(splits.unpaired_text)
         )
@@ -186,13 +204,13 @@ def fit_teacher(config: Config, splits: Splits) -> LinearTeacher:
             weighted=settings.weighted,
             dim=dim,
         )
-    # Contrastive training has no limit of its own on the dimension; it starts from no teacher.
     return contrastive(
         splits.pairs.image.array(),
         splits.pairs.text.array(),
-        dim=dim or config.model.dim,
+        dim=settings.dim,
         steps=settings.steps,
         learning_rate=settings.learning_rate,
+        batch_size=min(len(splits.pairs), _CONTRASTIVE_BATCH),
         seed=config.seed,
     )
 

@@ -14,7 +14,7 @@ from sotalign_jax.evaluation import retrieval_metrics
 from sotalign_jax.features import FeatureTable, Pairs
 from sotalign_jax.models import Aligner
 
-__all__ = ["embed_rows", "evaluate"]
+__all__ = ["check_width", "embed_rows", "evaluate"]
 
 
 def evaluate(aligner: Aligner, pairs: Pairs, *, chunk_size: int = 8_192) -> dict[str, float]:
@@ -45,7 +45,11 @@ def embed_rows(
 
     Returns:
         ``(n, dim)`` float32 unit rows, on the host.
+
+    Raises:
+        ValueError: features of another width than the aligner takes.
     """
+    check_width(aligner, side, table)
     graph, state = nnx.split(aligner)
     out = np.empty((len(table), aligner.dim), np.float32)
     done = 0
@@ -58,6 +62,15 @@ def embed_rows(
         if progress is not None:
             progress(done)
     return out
+
+
+def check_width(aligner: Aligner, side: str, table: FeatureTable) -> None:
+    """Raises ValueError unless the aligner takes rows of this width on this side."""
+    width = aligner.image_dim if side == "image" else aligner.text_dim
+    if table.dim != width:
+        raise ValueError(
+            f"{side}: {table.name} has {table.dim} columns, but the aligner takes {width}"
+        )
 
 
 def _rounded(rows: int) -> int:

@@ -13,8 +13,8 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 
-from sotalign_jax.config import Config, validate
-from sotalign_jax.features import FeatureTable, Splits
+from sotalign_jax.config import Config, ConfigError, validate
+from sotalign_jax.features import Splits
 from sotalign_jax.features.batches import Batch, Stream, stream_batches
 from sotalign_jax.models import Aligner, LayerConfig
 from sotalign_jax.teachers import LinearTeacher
@@ -27,12 +27,13 @@ from sotalign_jax.training.step import (
     OptimizerSettings,
     Setup,
     TrainState,
+    Variables,
     init_state,
     prepare,
     run_resident,
     run_streamed,
 )
-from sotalign_jax.training.workdir import Workdir, write_json
+from sotalign_jax.training.workdir import Workdir, read_json, write_json
 
 __all__ = ["Inputs", "init_aligner", "load_inputs", "train"]
 
@@ -80,25 +81,38 @@ def train(
         ValueError: a configuration, file or directory that cannot be used, before any training.
         FloatingPointError: the loss is no longer finite.
     """
-    console = console or Console()
     config = validate(config)
     home = Workdir(workdir, config)
     if home.results.exists():
-        return json.loads(home.results.read_text(encoding="utf-8"))
+        return read_json(home.results)
     began = time.perf_counter()
 
+    with home.locked():
+        return _train(config, home, console or Console(), quiet, inputs, began)
+
+
+def _train(
+    config: Config,
+    home: Workdir,
+    console: Console,
+    quiet: bool,
+    inputs: Inputs | None,
+    began: float,
+) -> dict[str, Any]:
     # ---- data and teacher: every check of the input happens here
     splits, teacher = load_inputs(config) if inputs is None else inputs
-    home.start(config)
 
     # ---- model, optimiser, streams
     setup, state, rest = build(config, splits, teacher)
+    _check_splits(config, splits, setup.loss)
+    home.start(config)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     tables = _raw_tables(splits, unpaired=setup.loss.unpaired)
     resident = _fits(config, tables, teacher)
     if resident:
         raw = Batch(*(None if table is None else table.array() for table in tables))
         tables = jax.jit(prepare, static_argnums=0)(setup, state.params, rest, teacher, raw)
+        del raw
 
     # ---- resume
     keep_best = config.select == "best"
@@ -132,7 +146,7 @@ def train(
                 record |= {f"val/{name}": value for name, value in scores.items()}
             writer.write(step, record)
             bar.update(step, record)
-            if save and (config.checkpoint_every or final):
+            if save:
                 checkpoints.save(state, record.get(f"val/{config.select_metric}"))
     finally:
         bar.close()
@@ -144,7 +158,7 @@ def train(
     if keep_best and (best := checkpoints.best) is not None:
         selected, state = best, checkpoints.restore(state, best)
     aligner = _merge(setup, state.params, rest)
-    aligner.training_prior = 1.0 / setup.streams[0].size
+    aligner.training_prior = setup.loss.prior(*(stream.size for stream in setup.streams))
     teacher_aligner = Aligner.from_teacher(teacher)
     results: dict[str, Any] = {"selected_step": selected, "pairs": len(splits.pairs)}
     for name, held_out in (("val", splits.val), ("test", splits.test)):
@@ -157,6 +171,18 @@ def train(
     teacher_aligner.save(home.teacher, metadata=description)
     write_json(home.results, results)
     return results
+
+
+def _check_splits(config: Config, splits: Splits, loss: LossSettings) -> None:
+    """Raises ConfigError where a run needs rows that its data does not have."""
+    if config.select == "best" and splits.val is None:
+        raise ConfigError("config.select: 'best' needs validation pairs, and the data has none")
+    for table in (splits.unpaired_image, splits.unpaired_text):
+        if loss.unpaired and not len(table):
+            raise ConfigError(
+                f"config.objective: {config.objective!r} needs unpaired rows, but {table.name} has "
+                "none; give fewer pairs, more data, or objective 'sail'"
+            )
 
 
 def build(config: Config, splits: Splits, teacher: LinearTeacher) -> tuple[Setup, TrainState, Any]:
@@ -205,11 +231,11 @@ def init_aligner(config: Config, splits: Splits, teacher: LinearTeacher) -> Alig
     )
 
 
-def _merge(setup: Setup, params: nnx.State, rest: nnx.State) -> Aligner:
+def _merge(setup: Setup, params: Variables, rest: Variables) -> Aligner:
     return nnx.merge(setup.graph, params, rest)
 
 
-def _raw_tables(splits: Splits, *, unpaired: bool) -> Batch[FeatureTable]:
+def _raw_tables(splits: Splits, *, unpaired: bool) -> Batch:
     """The sources of a run; none of the unpaired rows for an objective that reads none."""
     image, text = splits.unpaired_image, splits.unpaired_text
     if not unpaired:
@@ -217,11 +243,11 @@ def _raw_tables(splits: Splits, *, unpaired: bool) -> Batch[FeatureTable]:
     return Batch(splits.pairs.image, splits.pairs.text, image, text)
 
 
-def _fits(config: Config, tables: Batch[FeatureTable], teacher: LinearTeacher) -> bool:
-    """Whether all rows, prepared in float32, fit into the memory set aside for them."""
+def _fits(config: Config, tables: Batch, teacher: LinearTeacher) -> bool:
+    """Whether all rows fit into the memory set aside for them, raw and prepared at once."""
     if config.data.resident != "auto":
         return config.data.resident == "always"
-    values = sum(len(table) * table.dim for table in tables if table is not None)
+    values = 2 * sum(len(table) * table.dim for table in tables if table is not None)
     unpaired = len(tables.unpaired_image) + len(tables.unpaired_text)
     values += unpaired * teacher.image_weight.shape[1]
     return 4 * values <= config.data.resident_gib * 2**30
@@ -255,16 +281,16 @@ def _checked_means(metrics, step: int) -> dict[str, float]:
     """Means over the steps of a dispatch (maxima of errors), once the loss is known to be finite.
 
     Raises:
-        FloatingPointError: naming the first step whose loss or gradient is not finite.
+        FloatingPointError: naming the first step whose loss, gradient or outcome is not finite.
     """
     values = {name: np.asarray(value, np.float64) for name, value in metrics.items()}
-    for name in ("train/loss", "train/gradient_norm"):
+    for name in ("train/loss", "train/gradient_norm", "train/parameter_norm"):
         bad = np.flatnonzero(~np.isfinite(values[name]))
         if bad.size:
             first = step - len(values[name]) + int(bad[0]) + 1
             raise FloatingPointError(
-                f"{name} is {values[name][bad[0]]} at step {first}; the last checkpoint before it "
-                "is intact. Lower config.optimizer.learning_rate or raise config.loss.epsilon"
+                f"{name} is {values[name][bad[0]]} at step {first}; checkpoints before it are "
+                "intact. Try a lower optimizer.learning_rate or a higher loss.epsilon"
             )
     return {
         name: float(np.max(value) if name.endswith("_error") else np.mean(value))

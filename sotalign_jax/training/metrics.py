@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.progress import (
@@ -22,6 +23,7 @@ from sotalign_jax.config import Config
 __all__ = ["MetricWriter", "ProgressBar", "make_sinks"]
 
 
+@runtime_checkable
 class Sink(Protocol):
     """A further place for metrics."""
 
@@ -69,7 +71,7 @@ def _records(path: Path) -> list[tuple[str, int]]:
     records = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         try:
-            records.append((line, json.loads(line)["step"]))
+            records.append((line.rstrip("\n") + "\n", json.loads(line)["step"]))
         except (json.JSONDecodeError, KeyError):
             continue  # cut off by a kill in the middle of a write
     return records
@@ -115,9 +117,13 @@ class _WandB:
             raise ImportError(
                 "config.metrics.wandb: install the extra, sotalign-jax[wandb]"
             ) from error
-        # One id a workdir, so that a resumed run goes on in the same curves.
         self._run = wandb.init(
-            project=project, dir=str(workdir), id=workdir.name, resume="allow", config=config
+            project=project,
+            name=workdir.name,
+            dir=str(workdir),
+            id=_run_id(workdir),
+            resume="allow",
+            config=config,
         )
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
@@ -125,6 +131,19 @@ class _WandB:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _run_id(workdir: Path) -> str:
+    """One id a workdir, so that a resumed run goes on in its own curves, wherever it was moved.
+
+    The directory's name would not do: every method of a comparison has a ``seed_0``.
+    """
+    file = workdir / "wandb_id"
+    if not file.exists():
+        partial = workdir / f".wandb_id.{os.getpid()}"
+        partial.write_text(uuid.uuid4().hex[:16], encoding="utf-8")
+        os.replace(partial, file)
+    return file.read_text(encoding="utf-8")
 
 
 class ProgressBar:

@@ -42,12 +42,29 @@ class LossSettings:
     @property
     def unpaired(self) -> bool:
         """Whether the objective reads unpaired rows."""
-        return self.objective != "sail"
+        return self.objective == "sail_semi" or self.teacher
 
     @property
     def teacher(self) -> bool:
         """Whether the objective reads the teacher's view of the unpaired rows."""
-        return self.objective == "sotalign"
+        return self.objective == "sotalign" and self.alpha > 0
+
+    def prior(self, pairs: int, images: int, texts: int) -> float | None:
+        """Share of true pairs among the combinations that SigLIP sees in a step.
+
+        Args:
+            pairs: pairs a step.
+            images: unpaired images a step.
+            texts: unpaired texts a step.
+
+        Returns:
+            The share, weighted as the loss weighs its entries; None where all are true pairs.
+        """
+        if self.objective != "sail_semi":
+            return 1.0 / pairs if pairs > 1 else None
+        if self.normalization == "rows":
+            return 2.0 / (2 * pairs + images + texts)
+        return 0.5 * (1.0 / (pairs + images) + 1.0 / (pairs + texts))
 
 
 def _klot(image, text, batch: Batch, settings: LossSettings) -> tuple[Array, Metrics]:

@@ -29,6 +29,10 @@ __all__ = [
 ]
 
 
+# nnx.State: too narrow a type for what optax returns, and one that beartype cannot check.
+Variables = Any
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizerSettings:
     """The static part of the optimiser; field by field ``config.optimizer`` and ``config.steps``.
@@ -96,12 +100,12 @@ class Setup:
 class TrainState(NamedTuple):
     """What changes from step to step, and what a checkpoint holds."""
 
-    params: Any  # nnx.State: its own type is too narrow for what optax returns
+    params: Variables
     opt_state: optax.OptState
     step: Int[Array, ""]
 
 
-def init_state(setup: Setup, params: nnx.State) -> TrainState:
+def init_state(setup: Setup, params: Variables) -> TrainState:
     """The state before the first step."""
     return TrainState(
         params, setup.optimizer.transformation().init(params), jnp.zeros((), jnp.int32)
@@ -109,7 +113,7 @@ def init_state(setup: Setup, params: nnx.State) -> TrainState:
 
 
 def prepare(
-    setup: Setup, params: nnx.State, rest: nnx.State, teacher: LinearTeacher, raw: Batch
+    setup: Setup, params: Variables, rest: Variables, teacher: LinearTeacher, raw: Batch
 ) -> Batch:
     """Raw rows as a step reads them: preprocessed for the aligner, projected by the teacher."""
     aligner: Aligner = nnx.merge(setup.graph, params, rest)
@@ -125,7 +129,7 @@ def prepare(
 
 
 def _step(
-    setup: Setup, state: TrainState, rest: nnx.State, batch: Batch
+    setup: Setup, state: TrainState, rest: Variables, batch: Batch
 ) -> tuple[TrainState, Metrics]:
     """One step on a prepared batch."""
 
@@ -136,12 +140,12 @@ def _step(
     (loss, metrics), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
     optimizer = setup.optimizer.transformation()
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-    params: Any = optax.apply_updates(state.params, updates)
+    params: Variables = optax.apply_updates(state.params, updates)
     metrics = {
         "train/loss": loss,
         **metrics,
-        "train/gradient_norm": optax.global_norm(gradient),
-        "train/parameter_norm": optax.global_norm(params),
+        "train/gradient_norm": optax.tree.norm(gradient),
+        "train/parameter_norm": optax.tree.norm(params),
         "train/learning_rate": jnp.asarray(setup.optimizer.schedule()(state.step), jnp.float32),
         "train/scale": jnp.exp(params["log_scale"][...]),
         "train/bias": params["bias"][...],
@@ -153,7 +157,7 @@ def _step(
     jax.jit, static_argnames=("setup", "length"), donate_argnames=("state",), inline=False
 )
 def run_resident(
-    setup: Setup, length: int, state: TrainState, rest: nnx.State, tables: Batch, key: Array
+    setup: Setup, length: int, state: TrainState, rest: Variables, tables: Batch, key: Array
 ) -> tuple[TrainState, Metrics]:
     """``length`` steps in one dispatch, their batches drawn on device from prepared tables.
 
@@ -204,7 +208,7 @@ def run_resident(
 
 @functools.partial(jax.jit, static_argnames=("setup",), donate_argnames=("state",))
 def run_streamed(
-    setup: Setup, state: TrainState, rest: nnx.State, teacher: LinearTeacher, raw: Batch
+    setup: Setup, state: TrainState, rest: Variables, teacher: LinearTeacher, raw: Batch
 ) -> tuple[TrainState, Metrics]:
     """One step on a batch of raw rows that came from the host."""
     return _step(setup, state, rest, prepare(setup, state.params, rest, teacher, raw))

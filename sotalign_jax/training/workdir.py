@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,18 +34,25 @@ _PACKAGES = (
 )
 
 
+# Fields that say what is compared or watched, and change no run: they may differ on a restart.
+_NO_MATTER = ("compare.", "metrics.")
+
+
 class Workdir:
     """Where one run lives. Opening it again with the same configuration means: go on.
 
     Args:
         path: directory, made if absent.
-        config: the validated configuration of the run.
+        config: the validated configuration of the run; on disk once :meth:`start` was called, so
+            that a start that fails on its input leaves the directory open to a corrected one.
 
     Raises:
         ConfigError: ``path`` holds a run of another configuration, or is not a directory.
     """
 
     def __init__(self, path: str | os.PathLike, config):
+        if "://" in str(path):
+            raise ConfigError(f"workdir: {path} is a URL; give a path of a mounted file system")
         self.path = Path(path)
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"workdir: {self.path} is a file; give a directory")
@@ -51,24 +60,57 @@ class Workdir:
         new = json.loads(config.to_json())
         recorded = self.path / "config.json"
         if recorded.exists():
-            changed = differences(read_json(recorded), new)
+            changed = [
+                line
+                for line in differences(read_json(recorded), new)
+                if not line.startswith(_NO_MATTER)
+            ]
             if changed:
                 shown = "; ".join(changed[:5]) + ("; ..." if len(changed) > 5 else "")
                 raise ConfigError(
                     f"workdir: {self.path} holds a run of another configuration ({shown}); give "
                     "another workdir or the same configuration"
                 )
-        elif any(self.path.iterdir()):
+        # Hidden files are a lock, or what a kill in the middle of `start` may leave.
+        elif any(not file.name.startswith(".") for file in self.path.iterdir()):
             raise ConfigError(
                 f"workdir: {self.path} is not empty and holds no run; give a new or empty directory"
             )
-        else:
-            write_json(recorded, new)
+
+    @property
+    def started(self) -> bool:
+        """Whether a run was started here before."""
+        return (self.path / "config.json").exists()
 
     def start(self, config) -> None:
-        """Record versions, seed and git state of this start beside those before it."""
+        """Record the configuration, and what runs it beside the starts before this one."""
+        write_json(self.path / "config.json", json.loads(config.to_json()))
         with open(self.path / "provenance.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(provenance(config.seed)) + "\n")
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes out of the directory; the lock ends with the process.
+
+        Raises:
+            ConfigError: another process is at work here.
+        """
+        try:
+            import fcntl
+        except ImportError:  # not a POSIX system: no such lock
+            yield
+            return
+        with open(self.path / ".lock", "w", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"workdir: another process is at work in {self.path}; wait for it, or give "
+                    "another workdir"
+                ) from None
+            except OSError:  # a file system without locks
+                pass
+            yield
 
     @property
     def checkpoints(self) -> Path:
@@ -136,10 +178,16 @@ def _git_state() -> dict[str, Any] | None:
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` under a temporary name, then rename: a reader never sees half of it."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
+        file.flush()
+        os.fsync(file.fileno())  # or a power loss may leave the new name on an empty file
     os.replace(partial, path)
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The value in a JSON file; ValueError that names the file if it holds none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error}); restore or remove it") from None

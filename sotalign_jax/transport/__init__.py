@@ -1,6 +1,6 @@
 """Entropic optimal transport on ``ott``: affinities in, plans out."""
 
 from sotalign_jax.transport.geometry import AffinityGeometry
-from sotalign_jax.transport.plan import Plan, solve
+from sotalign_jax.transport.plan import Plan, ProblemError, solve
 
-__all__ = ["AffinityGeometry", "Plan", "solve"]
+__all__ = ["AffinityGeometry", "Plan", "ProblemError", "solve"]

@@ -22,7 +22,7 @@ from ott.solvers.linear import acceleration, sinkhorn
 
 from sotalign_jax.transport.geometry import AffinityGeometry
 
-__all__ = ["Plan", "solve"]
+__all__ = ["Plan", "ProblemError", "solve"]
 
 Potentials = tuple[Float[ArrayLike, " n"], Float[ArrayLike, " m"]]
 
@@ -39,14 +39,18 @@ _RELAX_BELOW = 0.3
 _SAFE_BEYOND = 20.0
 
 
+class ProblemError(ValueError):
+    """A transport problem that is ill-posed, or badly asked for; the message names the argument."""
+
+
 class Plan(NamedTuple):
     r"""An entropic transport plan, held as its potentials.
 
     .. math:: P_{ij} = \exp\big((f_i + g_j + K_{ij}) / \epsilon\big), \qquad \sum_{ij} P_{ij} = 1
 
     Attributes:
-        f: ``(n,)`` float32 row potentials, in units of the affinity; the marginals are inside.
-        g: ``(m,)`` float32 column potentials. ``f`` and ``g`` are unique only up to a constant.
+        f: ``(n,)`` row potentials, in units of the affinity; the marginals are inside.
+        g: ``(m,)`` column potentials. ``f`` and ``g`` are unique only up to a constant.
         epsilon: the regularisation that the plan was solved for.
         iterations: Sinkhorn iterations done.
         row_error: L1 distance of the plan's row sums to what they should be, at total mass 1.
@@ -74,7 +78,7 @@ class Plan(NamedTuple):
 
     def log_matrix(self, affinity: Float[ArrayLike, "n m"]) -> Float[Array, "n m"]:
         """Logarithm of the plan, given the affinity that it was solved for."""
-        affinity = jnp.asarray(affinity, jnp.float32)
+        affinity = jnp.asarray(affinity, self.f.dtype)
         return (self.f[:, None] + self.g[None, :] + affinity) / self.epsilon
 
     def matrix(self, affinity: Float[ArrayLike, "n m"]) -> Float[Array, "n m"]:
@@ -141,7 +145,7 @@ def solve(
     affinity = affinity.astype(dtype)
     _check_arguments(affinity, epsilon, tau_a, tau_b, threshold, max_iterations, iterations)
     if not 1.0 <= relaxation < 2.0:
-        raise ValueError(f"relaxation must lie in [1, 2), got {relaxation}")
+        raise ProblemError(f"relaxation must lie in [1, 2), got {relaxation}")
     n, m = affinity.shape
     a = _marginal("a", a, n, dtype, balanced=tau_a == 1.0 and tau_b == 1.0)
     b = _marginal("b", b, m, dtype, balanced=tau_a == 1.0 and tau_b == 1.0)
@@ -151,7 +155,7 @@ def solve(
     else:
         f, g = (jnp.asarray(potential, dtype) for potential in init)
         if f.shape != (n,) or g.shape != (m,):
-            raise ValueError(
+            raise ProblemError(
                 f"init must be potentials of shapes ({n},) and ({m},), got {f.shape} and {g.shape}"
             )
     # Rows and columns without mass must not count in the first update of the others.
@@ -296,7 +300,7 @@ def _next_weight(state: _State, error, length, keep, relaxation):
     squared spectral radius of plain half-steps, hence the best weight ``2 / (1 + sqrt(1 - r))``.
     """
     weight = state.weight
-    rate = (error / state.error) ** (1.0 / jnp.maximum(length, 1))
+    rate = (error / state.error) ** (1.0 / jnp.maximum(length, 1).astype(error.dtype))
     plain_rate = jnp.clip((rate + weight - 1.0) ** 2 / (rate * weight**2), 0.0, 0.9999)
     best = jnp.where(rate > weight - 1.0, 2.0 / (1.0 + jnp.sqrt(1.0 - plain_rate)), weight)
     ceiling = jnp.where(keep, state.ceiling, jnp.maximum(1.0, weight - 0.2))
@@ -393,16 +397,16 @@ def _is_concrete(*arrays) -> bool:
 
 def _check_arguments(affinity, epsilon, tau_a, tau_b, threshold, max_iterations, iterations):
     if affinity.ndim != 2 or 0 in affinity.shape:
-        raise ValueError(f"affinity must be a non-empty (n, m) matrix, got shape {affinity.shape}")
+        raise ProblemError(f"affinity must be a (n, m) matrix with entries, got {affinity.shape}")
     for name, value in (("epsilon", epsilon), ("threshold", threshold)):
         if _is_concrete(value) and not (np.ndim(value) == 0 and 0 < float(value) < np.inf):
-            raise ValueError(f"{name} must be a positive number, got {value}")
+            raise ProblemError(f"{name} must be a positive number, got {value}")
     for name, tau in (("tau_a", tau_a), ("tau_b", tau_b)):
         if not 0.0 < tau <= 1.0:
-            raise ValueError(f"{name} must lie in (0, 1], got {tau}")
+            raise ProblemError(f"{name} must lie in (0, 1], got {tau}")
     for name, count in (("max_iterations", max_iterations), ("iterations", iterations)):
         if count is not None and count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
+            raise ProblemError(f"{name} must be at least 1, got {count}")
 
 
 def _marginal(name: str, marginal, size: int, dtype, balanced: bool):
@@ -410,13 +414,13 @@ def _marginal(name: str, marginal, size: int, dtype, balanced: bool):
         return jnp.full(size, 1.0 / size, dtype)
     marginal = jnp.asarray(marginal, dtype)
     if marginal.shape != (size,):
-        raise ValueError(f"{name} must have shape ({size},), got {marginal.shape}")
+        raise ProblemError(f"{name} must have shape ({size},), got {marginal.shape}")
     if _is_concrete(marginal):
         mass = float(jnp.sum(marginal))
         if not bool(jnp.all(marginal >= 0)):
-            raise ValueError(f"{name} must hold weights that are not negative and not NaN")
+            raise ProblemError(f"{name} must hold weights that are not negative and not NaN")
         if balanced and abs(mass - 1.0) > 1e-3:
-            raise ValueError(f"{name} must have total mass 1 in a balanced problem, got {mass:g}")
+            raise ProblemError(f"{name} must have total mass 1 in a balanced problem, got {mass:g}")
     return marginal
 
 
@@ -426,7 +430,7 @@ def _check_placeable(affinity, a, b):
     for axis, kind, own, other in ((1, "row", a, b), (0, "column", b, a)):
         bad = np.flatnonzero(~np.asarray(_placeable(affinity, other, axis) | (own == 0)))
         if bad.size:
-            raise ValueError(
+            raise ProblemError(
                 f"affinity cannot be transported: {kind} {bad[0]} ({bad.size} in all) has NaN, "
                 "+inf or no finite entry; every row and column needs a finite largest entry"
             )

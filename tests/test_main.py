@@ -1,0 +1,267 @@
+"""The command line: what it prints, what it refuses, and its exit status."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from absl import flags
+from rich.console import Console
+from tiny_runs import CONFIG_FILE, tiny
+
+import sotalign_jax
+from sotalign_jax import commands, features, main
+from sotalign_jax.features import platonic_world
+from sotalign_jax.models import Aligner
+
+# What ml_collections loads config files with.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+ROOT = Path(sotalign_jax.__file__).parents[1]
+
+
+def run(*arguments):
+    """The command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "sotalign_jax", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent), "JAX_PLATFORMS": "cpu"},
+    )
+
+
+@pytest.fixture
+def here(capsys, monkeypatch):
+    """The command in this process: (exit status, standard output, standard error)."""
+    monkeypatch.setattr(
+        main.app, "run", lambda entry, flags_parser: sys.exit(entry(flags_parser(sys.argv)))
+    )
+
+    def call(*arguments):
+        flags.FLAGS.unparse_flags()
+        for name in ("config", "workdir", "image", "text", "out", "verbosity"):
+            flags.FLAGS[name].unparse()
+        for name in [n for n in flags.FLAGS if n.startswith("config.")]:
+            delattr(flags.FLAGS, name)
+        monkeypatch.setattr(sys, "argv", ["sotalign", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main.run()
+        out, err = capsys.readouterr()
+        return caught.value.code, out, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    commands.train(tiny(objective="sail"), str(workdir), Console(quiet=True))
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Test features of the world that `trained` saw, as files."""
+    root = tmp_path_factory.mktemp("files")
+    test = platonic_world(seed=0, n_pairs=64, n_unpaired=256, n_val=40, n_test=50).test
+    assert test is not None
+    for side, table in (("image", test.image), ("text", test.text)):
+        np.save(root / f"{side}.npy", table.array())
+    return root
+
+
+# ---- processes
+
+
+def test_a_whole_run_and_a_wrong_one(tmp_path):
+    done = run(
+        "train",
+        f"--config={CONFIG_FILE}",
+        f"--workdir={tmp_path / 'run'}",
+        "--config.objective=sail",
+        "--config.steps=20",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Retrieval on the test pairs" in done.stdout and "teacher (cca)" in done.stdout
+    assert f"aligner saved in {tmp_path / 'run' / 'aligner'}" in done.stdout
+    assert "orbax" not in done.stderr and "checkpoint" not in done.stderr
+    recorded = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert recorded["objective"] == "sail" and recorded["steps"] == 20
+    wrong = run(
+        "train",
+        f"--config={CONFIG_FILE}",
+        f"--workdir={tmp_path / 'run'}",
+        "--config.objective=sail",
+    )
+    assert wrong.returncode == 2 and "Traceback" not in wrong.stderr
+    (line,) = [line for line in wrong.stderr.splitlines() if line.startswith("sotalign")]
+    assert "another configuration (steps: 20 -> 40)" in line
+
+
+def test_an_unknown_field_on_the_command_line():
+    wrong = run("train", f"--config={CONFIG_FILE}", "--workdir=/nowhere", "--config.loss.alhpa=1")
+    assert wrong.returncode == 2
+    assert wrong.stderr == (
+        "sotalign train: error: --config.loss.alhpa: no such field; did you mean loss.alpha?\n"
+    )
+
+
+# ---- flags and config files
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config={config}"], "--workdir: this command needs it"),
+        (["--workdir={tmp}/run"], "--config: this command needs it"),
+        (["--config={tmp}/none.py", "--workdir={tmp}/run"], "No such file or directory"),
+        (["--config={config}", "--workdir={tmp}/run", "--config.zzz=1"], "config.zzz: no such"),
+        (["--config={config}", "--workdir={tmp}/run", "--config.loss=1"], "--config.loss=1: "),
+        (["--config={config}", "--workdir={tmp}/run", "--config.steps=x"], "--config.steps=x: "),
+        (["--config={config}", "--wrkdir={tmp}/run"], "'wrkdir'. Did you mean: workdir"),
+        (["--config={config}", "--workdir={tmp}/run", "steps=3"], "steps=3: unexpected"),
+        (["--config={tmp}/bad.py", "--workdir={tmp}/run"], "bad.py:4: no such field 'alhpa'"),
+        (["--config={tmp}/type.py", "--workdir={tmp}/run"], "type.py:4: TypeError: "),
+        (["--config={config}", "--workdir={tmp}/bad.py"], "workdir: {tmp}/bad.py is a file"),
+        (["--config={config}", "--workdir={tmp}"], "workdir: {tmp} is not empty"),
+        (
+            ["--config={config}", "--workdir={tmp}/run", "--config.data.n_pairs=900",
+             "--config.data.name=emoji"],
+            "n_pairs: 900 asked",
+        ),
+        (
+            ["--config={config}", "--workdir={tmp}/run", "--config.select=best",
+             "--config.data.platonic.n_val=0"],
+            "config.select: 'best' needs validation pairs",
+        ),
+        (
+            ["--config={config}", "--workdir={tmp}/run", "--config.select_metric=mean_recall@3"],
+            "config.select_metric: got 'mean_recall@3'",
+        ),
+    ],
+)  # fmt: skip
+def test_errors_are_one_line_and_exit_status_2(arguments, message, tmp_path, here):
+    for name, body in (("bad", "config.loss.alhpa = 3"), ("type", "config.loss.alpha = 'a'")):
+        (tmp_path / f"{name}.py").write_text(
+            "from sotalign_jax.config import default_config\n"
+            f"def get_config(arg=None):\n    config = default_config()\n    {body}\n"
+        )
+    places = {"config": CONFIG_FILE, "tmp": tmp_path}
+    status, out, err = here("train", *(argument.format(**places) for argument in arguments))
+    assert status == 2 and out == ""
+    assert err.count("\n") == 1 and err.startswith("sotalign train: error: ")
+    assert message.format(**places) in err
+
+
+def test_a_rate_that_blows_up_gives_status_3(tmp_path, here):
+    status, _, err = here(
+        "train", f"--config={CONFIG_FILE}", f"--workdir={tmp_path / 'run'}",
+        "--config.objective=sail", "--config.optimizer.learning_rate=1e30",
+    )  # fmt: skip
+    assert status == 3
+    assert err.count("\n") == 1
+    assert err.startswith("sotalign train: training stopped: train/") and " at step " in err
+
+
+@pytest.mark.parametrize(("arguments", "status"), [([], 0), (["--help"], 0), (["trian"], 2)])
+def test_usage(arguments, status, here):
+    found, out, _ = here(*arguments)
+    assert found == status
+    for command in ("train", "compare", "evaluate", "embed", "fit-teacher", "inspect"):
+        assert f"sotalign {command} " in out
+
+
+# ---- commands on a run
+
+
+def test_evaluate_on_the_runs_own_test_pairs_and_on_files(trained, files, tmp_path, here):
+    results = json.loads((trained / "results.json").read_text())
+    own, other = tmp_path / "new" / "own.json", tmp_path / "files.json"
+    status, out, _ = here("evaluate", f"--workdir={trained}", f"--out={own}")
+    assert status == 0 and "50 images, 50 texts" in out
+    given = [f"--image={files / 'image.npy'}", f"--text={files / 'text.npy'}"]
+    assert here("evaluate", f"--workdir={trained}", f"--out={other}", *given)[0] == 0
+    for path in (own, other):
+        assert json.loads(path.read_text()) == pytest.approx(results["test"], abs=1e-6)
+    status, _, err = here("evaluate", f"--workdir={trained}", given[0])
+    assert status == 2 and "--image, --text: give both" in err
+    status, _, err = here("evaluate", f"--workdir={trained}", f"--out={other}")
+    assert status == 2 and "out: " in err and "exists" in err
+    status, _, err = here("evaluate", f"--workdir={tmp_path}")
+    assert status == 2 and "holds no aligner" in err
+
+
+def test_embed_writes_stores_of_unit_rows_in_order(trained, files, tmp_path, here):
+    status, out, _ = here("embed", f"--workdir={trained}", f"--out={tmp_path / 'own'}")
+    assert status == 0 and "50 image rows, 16 columns" in out
+    aligner = Aligner.load(trained / "aligner")
+    for side in ("image", "text"):
+        table = features.open_features(tmp_path / "own" / side)
+        raw = np.load(files / f"{side}.npy")
+        expected = getattr(aligner, f"embed_{side}")(raw)
+        np.testing.assert_allclose(table.array(), expected, atol=1e-6)
+        np.testing.assert_allclose(np.linalg.norm(table.array(), axis=1), 1, atol=1e-5)
+    one = ["embed", f"--workdir={trained}", f"--out={tmp_path / 'one'}"]
+    assert here(*one, f"--text={files / 'text.npy'}")[0] == 0
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["text"]
+    # Nothing is written over, nor is half of what was asked written.
+    both = [f"--image={files / 'image.npy'}", f"--text={files / 'text.npy'}"]
+    status, _, err = here(*one, *both)
+    assert status == 2 and "out: " in err and "exists" in err
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["text"]
+    status, _, err = here(
+        "embed", f"--workdir={trained}", f"--out={tmp_path / 'two'}",
+        f"--image={files / 'image.npy'}", f"--text={files / 'image.npy'}",
+    )  # fmt: skip
+    assert status == 2 and "has 256 columns, but the aligner takes 192" in err
+    assert not (tmp_path / "two").exists()
+
+
+def test_fit_teacher_saves_an_aligner_that_evaluates_like_the_runs_teacher(trained, tmp_path, here):
+    arguments = ["fit-teacher", f"--config={CONFIG_FILE}", f"--out={tmp_path / 'teacher'}"]
+    status, out, _ = here(*arguments)
+    assert status == 0 and "Retrieval of the cca teacher" in out
+    status, _, _ = here(
+        "evaluate", f"--workdir={tmp_path / 'teacher'}", f"--out={tmp_path / 'scores.json'}"
+    )
+    assert status == 0
+    expected = json.loads((trained / "results.json").read_text())["teacher_test"]
+    assert json.loads((tmp_path / "scores.json").read_text()) == pytest.approx(expected, abs=1e-6)
+    # A trained run is not to be replaced by its teacher.
+    before = (trained / "aligner" / "aligner.safetensors").read_bytes()
+    status, _, err = here("fit-teacher", f"--config={CONFIG_FILE}", f"--out={trained}")
+    assert status == 2 and "out: " in err and "exists" in err
+    assert (trained / "aligner" / "aligner.safetensors").read_bytes() == before
+
+
+def test_inspect_describes_features_aligners_and_runs(trained, files, tmp_path, here):
+    rows = np.load(files / "image.npy")
+    rows[3] = np.nan
+    rows[4:6] = 0
+    rows[:, 7] = 2.5
+    np.save(tmp_path / "odd.npy", rows)
+    status, out, _ = here("inspect", tmp_path / "odd.npy", trained, trained / "aligner")
+    assert status == 0
+    shown = " ".join(out.split())
+    for part in (
+        "50 x 256",
+        "rows with NaN or Inf │ 1",
+        "sail from a random start",
+        "platonic, 64 pairs",
+        "40 of 40",
+        "image_dim │ 256",
+    ):
+        assert part in shown, out
+    status, _, err = here("inspect")
+    assert status == 2 and "give one or more paths" in err
+    status, _, err = here("inspect", tmp_path / "none.npy")
+    assert status == 2 and "none.npy" in err and err.count("\n") == 1
+
+
+def test_version_is_a_version():
+    assert sotalign_jax.__version__.count(".") == 2

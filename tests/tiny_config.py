@@ -1,0 +1,7 @@
+"""The tiny run as a config file, for the command line."""
+
+import tiny_runs
+
+
+def get_config(arg=None):
+    return tiny_runs.from_teacher() if arg == "teacher" else tiny_runs.tiny()
