@@ -15,6 +15,7 @@ from sotalign_jax.config import Config, validate
 from sotalign_jax.features import FeatureTable, Pairs
 from sotalign_jax.models import Aligner
 from sotalign_jax.training.evaluate import check_width
+from sotalign_jax.training.metrics import make_console
 from sotalign_jax.training.workdir import read_json, write_json
 
 __all__ = ["compare", "embed", "evaluate", "fit_teacher", "inspect", "train"]
@@ -24,7 +25,7 @@ _SHOWN = (1, 5, 10)
 
 def train(config: Config, workdir: str, console: Console | None = None) -> dict[str, Any]:
     """Train, or go on training, and print held-out retrieval beside the teacher's."""
-    console = console or Console()
+    console = console or make_console()
     results = training.train(config, workdir, console=console)
     for name in ("val", "test"):
         if name in results:
@@ -38,14 +39,14 @@ def train(config: Config, workdir: str, console: Console | None = None) -> dict[
 
 def compare(config: Config, workdir: str, console: Console | None = None) -> dict[str, Any]:
     """Train every method on every seed and print one table."""
-    return sweeps.compare(config, workdir, console=console or Console())
+    return sweeps.compare(config, workdir, console=console or make_console())
 
 
 def fit_teacher(
     config: Config, out: str, console: Console | None = None
 ) -> dict[str, dict[str, float]]:
     """Fit the linear teacher alone, save it as an aligner, print its retrieval."""
-    console = console or Console()
+    console = console or make_console()
     config = validate(config)
     if (Path(out) / "aligner").exists():
         raise ValueError(f"out: {Path(out) / 'aligner'} exists; give another directory")
@@ -74,7 +75,7 @@ def evaluate(
     console: Console | None = None,
 ) -> dict[str, float]:
     """Retrieval of a trained aligner on the run's own test pairs, or on given features."""
-    console = console or Console()
+    console = console or make_console()
     if out is not None and Path(out).exists():
         raise ValueError(f"out: {out} exists; give another file or remove it")
     aligner = load_aligner(workdir)
@@ -97,7 +98,7 @@ def embed(
     console: Console | None = None,
 ) -> list[Path]:
     """Embed raw features into feature stores; without any, the run's own test pairs."""
-    console = console or Console()
+    console = console or make_console()
     aligner = load_aligner(workdir)
     tables: dict[str, FeatureTable] = {}
     if image is None and text is None:
@@ -138,7 +139,7 @@ def embed(
 
 def inspect(paths: list[str], console: Console | None = None) -> None:
     """Describe feature files, aligners and runs."""
-    console = console or Console()
+    console = console or make_console()
     if not paths:
         raise ValueError("inspect: give one or more paths of features, aligners or runs")
     for path in paths:

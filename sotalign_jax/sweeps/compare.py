@@ -16,6 +16,7 @@ from rich.table import Table
 
 from sotalign_jax.config import Config, ConfigError, flatten, validate
 from sotalign_jax.training.loop import Inputs, load_inputs, train
+from sotalign_jax.training.metrics import make_console
 from sotalign_jax.training.workdir import Workdir, write_json
 
 __all__ = ["compare"]
@@ -48,7 +49,7 @@ def compare(config, workdir: str | os.PathLike, *, console: Console | None = Non
     Raises:
         ValueError: as `train`; or nothing to compare, or data without test pairs.
     """
-    console = console or Console()
+    console = console or make_console()
     config = validate(config)
     if not config.compare.methods:
         raise ConfigError("config.compare.methods: names no method, nothing to compare")

@@ -21,7 +21,7 @@ from sotalign_jax.teachers import LinearTeacher
 from sotalign_jax.training.checkpoints import Checkpoints
 from sotalign_jax.training.data import fit_teacher, load_splits
 from sotalign_jax.training.evaluate import evaluate
-from sotalign_jax.training.metrics import MetricWriter, ProgressBar, make_sinks
+from sotalign_jax.training.metrics import MetricWriter, ProgressBar, make_console, make_sinks
 from sotalign_jax.training.objectives import LossSettings
 from sotalign_jax.training.step import (
     OptimizerSettings,
@@ -88,7 +88,7 @@ def train(
     began = time.perf_counter()
 
     with home.locked():
-        return _train(config, home, console or Console(), quiet, inputs, began)
+        return _train(config, home, console or make_console(), quiet, inputs, began)
 
 
 def _train(

@@ -20,7 +20,7 @@ from rich.progress import (
 
 from sotalign_jax.config import Config
 
-__all__ = ["MetricWriter", "ProgressBar", "make_sinks"]
+__all__ = ["MetricWriter", "ProgressBar", "make_console", "make_sinks"]
 
 
 @runtime_checkable
@@ -30,6 +30,12 @@ class Sink(Protocol):
     def write(self, step: int, metrics: dict[str, float]) -> None: ...
 
     def close(self) -> None: ...
+
+
+def make_console() -> Console:
+    """Standard output; where that is a file or a pipe, wide enough for every table."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
 
 
 class MetricWriter:
