@@ -207,7 +207,7 @@ def load_reference(path: str | os.PathLike[str], student: Matrix, teacher: Matri
         raise ValueError(f"reference: there is no file {path}")
     if importlib.util.find_spec("torch") is None:
         raise ValueError("reference: a PyTorch module needs torch; install it, or leave it out")
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     spec = importlib.util.spec_from_file_location("klot_reference", path)
     if spec is None or spec.loader is None:

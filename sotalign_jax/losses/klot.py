@@ -81,6 +81,10 @@ def klot(
         NotImplementedError: on second-order differentiation, or on differentiation with respect
             to an epsilon or the threshold.
 
+    Note:
+        Inside ``shard_map`` pass ``check_vma=False`` (ott's loops do not track varying axes), and
+        on a mesh use ``AxisType.Auto`` axes: ``jax.make_mesh`` makes explicit ones by default.
+
     References:
         SOTAlign, arXiv 2602.23353, section 5, equation (11) and theorem 5.1 (whose main text
         prints the wrong epsilon in the gradient: it is the student's).

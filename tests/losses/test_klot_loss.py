@@ -426,3 +426,18 @@ def test_the_losses_need_no_framework():
     command = [sys.executable, "-c", WITHOUT_FRAMEWORKS, *absent]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout.strip() == "True", done.stderr
+
+
+def test_strict_dtype_promotion_is_respected():
+    image, text = np.eye(6, 4, dtype=np.float32), np.ones((5, 4), np.float32)
+    with jax.numpy_dtype_promotion("strict"):
+        (value, info), gradient = jax.value_and_grad(klot, has_aux=True)(image, text, image, text)
+    assert np.isfinite(float(value)) and np.isfinite(np.asarray(gradient)).all()
+    assert bool(info.teacher.converged)
+
+
+def test_nothing_flows_through_info():
+    image, text = np.eye(6, 4, dtype=np.float32), np.ones((5, 4), np.float32)
+    with jax.numpy_dtype_promotion("standard"):
+        flow = jax.grad(lambda x: klot(x, text, image, text)[1].student.f.sum())(image)
+    np.testing.assert_array_equal(flow, 0.0)
