@@ -322,7 +322,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(finished, tmp_path, monkeypatch
 
 def test_a_rate_that_blows_up_is_named(tmp_path):
     config = sail(optimizer__learning_rate=1e30)
-    with pytest.raises(FloatingPointError, match=r"at step \d+;.*config.optimizer.learning_rate"):
+    with pytest.raises(FloatingPointError, match=r"at step \d+;.*optimizer.learning_rate"):
         shortly(config, tmp_path / "run")
 
 
@@ -425,4 +425,4 @@ def test_rows_that_are_missing_stop_the_run_before_it_starts(field, tmp_path):
     }[field]
     with pytest.raises(ConfigError, match=message):
         quietly(config, tmp_path / "run")
-    assert list((tmp_path / "run").iterdir()) == []
+    assert [file.name for file in (tmp_path / "run").iterdir()] == [".lock"]
