@@ -18,6 +18,7 @@ from sotalign_jax.teachers import (
     procrustes,
     recentered,
 )
+from sotalign_jax.teachers.moments import unit_rows64
 
 __all__ = ["fit_teacher", "load_splits"]
 
@@ -224,7 +225,5 @@ def _unit_mean(table: FeatureTable) -> np.ndarray:
     """Mean of the rows of a table, each scaled to unit length."""
     total = np.zeros(table.dim)
     for chunk in table.chunks(_CHUNK):
-        rows = chunk.astype(np.float64)
-        norm = np.linalg.norm(rows, axis=1, keepdims=True)
-        total += np.sum(rows / np.where(norm > 0, norm, 1.0), axis=0)
+        total += unit_rows64(chunk.astype(np.float64)).sum(axis=0)
     return total / len(table)
