@@ -1,10 +1,10 @@
-"""The one numeric helper that every floor needs."""
+"""Numeric helpers that every floor needs."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-__all__ = ["unit_rows"]
+__all__ = ["unit_rows", "varying_like", "varying_over"]
 
 
 def unit_rows(rows) -> Float[Array, "n d"]:
@@ -25,3 +25,25 @@ def unit_rows(rows) -> Float[Array, "n d"]:
     square = jnp.sum(scaled * scaled, axis=-1, keepdims=True)
     inverse = jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1.0)), 0.0)
     return scaled * inverse
+
+
+def varying_like(value, *references):
+    """``value``, marked inside ``shard_map`` as varying over the mesh axes that references do.
+
+    Loops want what they carry to vary over the same axes before and after a step; a constant varies
+    over none. Outside ``shard_map``, or with ``check_vma=False``, ``value`` as it is.
+    """
+    value = jnp.asarray(value)
+    axes = {axis for x in references for axis in jax.typeof(x).manual_axis_type.varying}
+    return varying_over(value, tuple(sorted(axes)))
+
+
+def varying_over(value, axes: str | tuple[str, ...]):
+    """``value``, marked inside ``shard_map`` as varying over ``axes``; see `varying_like`.
+
+    The transpose sums cotangents over the axes that were added: how the gradient of a replicated
+    argument is to be had.
+    """
+    axes = (axes,) if isinstance(axes, str) else axes
+    missing = tuple(a for a in axes if a not in jax.typeof(value).manual_axis_type.varying)
+    return jax.lax.pcast(value, missing, to="varying") if missing else value

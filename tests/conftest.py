@@ -4,6 +4,7 @@ import jax
 import pytest
 
 jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)  # for the tests of sharding; the rest uses the first
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from sotalign_jax.numerics import unit_rows
 
-__all__ = ["check_same_rows", "cosine_affinity"]
+__all__ = ["check_same_dim", "check_same_rows", "cosine_affinity"]
 
 
 def cosine_affinity(
@@ -19,12 +19,17 @@ def cosine_affinity(
 
     Plain bfloat16 products are not enough: Sinkhorn at small epsilon never converges on them.
     """
+    check_same_dim(image, text)
+    return jnp.matmul(unit_rows(image), unit_rows(text).T, precision=jax.lax.Precision.HIGHEST)
+
+
+def check_same_dim(image, text) -> None:
+    """Raise unless image and text embeddings live in one space."""
     if jnp.shape(image)[-1] != jnp.shape(text)[-1]:
         raise ValueError(
             f"image and text embeddings must have one dimension, got {jnp.shape(image)[-1]} "
             f"and {jnp.shape(text)[-1]}"
         )
-    return jnp.matmul(unit_rows(image), unit_rows(text).T, precision=jax.lax.Precision.HIGHEST)
 
 
 def check_same_rows(image, text, teacher_image, teacher_text) -> None:

@@ -3,20 +3,28 @@ r"""KLOT: the Kullback-Leibler divergence between a teacher's and a student's tr
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from sotalign_jax.losses.affinity import check_same_rows, cosine_affinity
-from sotalign_jax.transport import Plan, ProblemError, solve
+from sotalign_jax.losses.affinity import check_same_dim, check_same_rows
+from sotalign_jax.numerics import unit_rows, varying_like, varying_over
+from sotalign_jax.transport import Plan, ProblemError, StreamedAffinity, solve
+from sotalign_jax.transport.geometry import HIGHEST, AxisName
 from sotalign_jax.transport.plan import Potentials
+from sotalign_jax.transport.streamed import block_rows, over_blocks
 
 __all__ = ["KLOTInfo", "klot", "klot_from_affinity"]
 
 Threshold = float | Float[ArrayLike, ""]
+
+# Matrices of n x m float32 that the dense form holds at its fullest (value and gradient, compiled).
+_DENSE_COPIES = 5
+_GIB = 2**30
+_STREAM_SHARE = 1 / 16
 
 
 class KLOTInfo(NamedTuple):
@@ -44,10 +52,15 @@ def klot(
     *,
     epsilon: float | Float[ArrayLike, ""] = 0.05,
     teacher_epsilon: float | Float[ArrayLike, ""] = 0.01,
+    a: Float[ArrayLike, " n"] | None = None,
+    b: Float[ArrayLike, " m"] | None = None,
     threshold: Threshold | tuple[Threshold, Threshold] = 1e-3,
     max_iterations: int = 500,
     iterations: int | None = None,
     init: tuple[Potentials | None, Potentials | None] | None = None,
+    memory: Literal["dense", "streamed", "auto"] = "auto",
+    memory_gib: float = 4.0,
+    axis_name: AxisName | None = None,
 ) -> tuple[Float[Array, ""], KLOTInfo]:
     r"""KLOT between the cosine affinities of a student's and of a teacher's embeddings.
 
@@ -65,12 +78,24 @@ def klot(
         teacher_text: ``(m, e)`` teacher embeddings of the same texts; a constant, no gradient.
         epsilon: regularisation of the student's plan, in units of cosine.
         teacher_epsilon: regularisation of the teacher's plan.
+        a: ``(n,)`` weights of the images, of total mass 1; uniform by default. A row of weight zero
+            (padding) changes nothing and gets no gradient.
+        b: ``(m,)`` weights of the texts, likewise.
         threshold: L1 marginal error at which both Sinkhorn solves stop, or one for each plan,
             ``(student, teacher)``: the student's gets very small in a few iterations more.
         max_iterations: budget of each solve.
         iterations: a fixed number of plain iterations instead (the paper uses 100).
         init: potentials to start from, ``(student, teacher)``, each ``(f, g)`` or ``None``; for
             instance ``info.potentials`` of an earlier call.
+        memory: ``"dense"`` holds ``n x m`` matrices, and is the faster where they fit;
+            ``"streamed"`` holds none, forward or backward, and forms each block of affinities anew
+            for every Sinkhorn iteration; ``"auto"`` is dense where five such matrices (float32)
+            fit in ``memory_gib``.
+        memory_gib: what the matrices, or the blocks (a sixteenth of it), may take of one device.
+        axis_name: inside ``shard_map``, the mesh axes over which the images are spread:
+            ``image``, ``teacher_image`` and ``a`` are this device's ``n`` rows, texts are whole on
+            every device, the value is the same on all, and no array that travels has more than
+            one dimension but the gradient of ``text``.
 
     Returns:
         ``(value, info)``: the divergence, float32 scalar, differentiable once with respect to
@@ -82,22 +107,35 @@ def klot(
             to an epsilon or the threshold.
 
     Note:
-        Inside ``shard_map`` pass ``check_vma=False`` (ott's loops do not track varying axes), and
-        on a mesh use ``AxisType.Auto`` axes: ``jax.make_mesh`` makes explicit ones by default.
+        On a mesh use ``AxisType.Auto`` axes: ``jax.make_mesh`` makes explicit ones by default. With
+        ``shard_map(check_vma=False)`` and ``axis_name``, take the gradient outside ``shard_map``:
+        JAX then multiplies gradients taken inside by the number of devices.
 
     References:
         SOTAlign, arXiv 2602.23353, section 5, equation (11) and theorem 5.1 (whose main text
         prints the wrong epsilon in the gradient: it is the student's).
     """
     check_same_rows(image, text, teacher_image, teacher_text)
-    return klot_from_affinity(
-        cosine_affinity(image, text),
-        cosine_affinity(teacher_image, teacher_text),
-        epsilon=epsilon,
-        teacher_epsilon=teacher_epsilon,
+    shape = (jnp.shape(image)[0], jnp.shape(text)[0])
+    block = _block_of(memory, memory_gib, *shape)
+    image, text = unit_rows(image), unit_rows(text)
+    if axis_name is not None:
+        # Each device has its share of the gradient of the texts: the transpose adds them up.
+        text = varying_over(text, axis_name)
+    check_same_dim(teacher_image, teacher_text)
+    check_same_dim(image, text)
+
+    def affinity(rows, columns):
+        streamed = StreamedAffinity(rows, columns, block or shape[0])
+        return streamed if block else streamed.of_rows(rows)
+
+    return _divergence(
+        affinity(image, text),
+        affinity(unit_rows(teacher_image), unit_rows(teacher_text)),
+        regularisation=(epsilon, teacher_epsilon),
+        marginals=(a, b),
         threshold=threshold,
-        max_iterations=max_iterations,
-        iterations=iterations,
+        static=(max_iterations, iterations, axis_name),
         init=init,
     )
 
@@ -108,10 +146,13 @@ def klot_from_affinity(
     *,
     epsilon: float | Float[ArrayLike, ""] = 0.05,
     teacher_epsilon: float | Float[ArrayLike, ""] = 0.01,
+    a: Float[ArrayLike, " n"] | None = None,
+    b: Float[ArrayLike, " m"] | None = None,
     threshold: Threshold | tuple[Threshold, Threshold] = 1e-3,
     max_iterations: int = 500,
     iterations: int | None = None,
     init: tuple[Potentials | None, Potentials | None] | None = None,
+    axis_name: AxisName | None = None,
 ) -> tuple[Float[Array, ""], KLOTInfo]:
     r"""KLOT between two affinity matrices; see :func:`klot` for the arguments they share.
 
@@ -127,10 +168,13 @@ def klot_from_affinity(
         teacher_affinity: ``(n, m)`` affinity of the teacher; a constant, no gradient.
         epsilon: regularisation of the student's plan, in units of ``affinity``.
         teacher_epsilon: regularisation of the teacher's plan.
+        a: ``(n,)`` weights of the rows, as for :func:`klot`.
+        b: ``(m,)`` weights of the columns.
         threshold: L1 marginal error at which the solves stop, as for :func:`klot`.
         max_iterations: budget of each solve.
         iterations: a fixed number of plain iterations instead.
         init: potentials to start from, as for :func:`klot`.
+        axis_name: inside ``shard_map``, the mesh axes over which the rows are spread.
 
     Returns:
         ``(value, info)`` as for :func:`klot`.
@@ -149,60 +193,94 @@ def klot_from_affinity(
             f"teacher_affinity must have the shape of affinity {affinity.shape}, "
             f"got {teacher_affinity.shape}"
         )
-    student_init, teacher_init = (None, None) if init is None else init
+    return _divergence(
+        affinity.astype(jnp.float32),
+        teacher_affinity.astype(jnp.float32),
+        regularisation=(epsilon, teacher_epsilon),
+        marginals=(a, b),
+        threshold=threshold,
+        static=(max_iterations, iterations, axis_name),
+        init=init,
+    )
+
+
+def _block_of(memory: str, memory_gib: float, n: int, m: int) -> int:
+    """Rows of a streamed block, or 0 for the dense form."""
+    if memory not in ("dense", "streamed", "auto"):
+        raise ValueError(f"memory must be 'dense', 'streamed' or 'auto', got {memory!r}")
+    if not memory_gib > 0:
+        raise ValueError(f"memory_gib must be positive, got {memory_gib}")
+    fits = _DENSE_COPIES * 4 * n * m <= memory_gib * _GIB
+    if memory == "dense" or (memory == "auto" and fits):
+        return 0
+    return block_rows(n, m, _STREAM_SHARE * memory_gib * _GIB)
+
+
+def _divergence(student, teacher, *, regularisation, marginals, threshold, static, init):
+    epsilon, teacher_epsilon = regularisation
+    a, b = marginals
     thresholds = threshold if isinstance(threshold, tuple | list) else (threshold, threshold)
     out: Any = _klot(
-        (max_iterations, iterations),
-        affinity.astype(jnp.float32),
-        jax.lax.stop_gradient(teacher_affinity.astype(jnp.float32)),
+        static,
+        student,
+        jax.lax.stop_gradient(teacher),
         _constant(epsilon, "epsilon"),
         _constant(teacher_epsilon, "teacher_epsilon"),
+        (_constant(a, "a"), _constant(b, "b")),
         tuple(_constant(value, "threshold") for value in thresholds),
-        jax.lax.stop_gradient((student_init, teacher_init)),
+        jax.lax.stop_gradient((None, None) if init is None else tuple(init)),
     )
     value, info = out
+    axis_name = static[2]
+    if axis_name is not None:
+        value = jax.lax.psum(value, axis_name)
     return value, jax.lax.stop_gradient(info)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _klot(budget, affinity, teacher_affinity, epsilon, teacher_epsilon, threshold, init):
+def _klot(static, student, teacher, epsilon, teacher_epsilon, marginals, threshold, init):
     info = _solve_both(
-        budget, affinity, teacher_affinity, epsilon, teacher_epsilon, threshold, init
+        static, student, teacher, epsilon, teacher_epsilon, marginals, threshold, init
     )
-    return _value(affinity, teacher_affinity, info), info
+    return _contrast(student, teacher, info, with_gradient=False)[0], info
 
 
-def _klot_fwd(budget, affinity, teacher_affinity, epsilon, teacher_epsilon, threshold, init):
-    affinity = _first_order_only(affinity)
+def _klot_fwd(static, student, teacher, epsilon, teacher_epsilon, marginals, threshold, init):
+    student = jax.tree.map(_first_order_only, student)
     info = _solve_both(
-        budget, affinity, teacher_affinity, epsilon, teacher_epsilon, threshold, init
+        static, student, teacher, epsilon, teacher_epsilon, marginals, threshold, init
     )
-    value = _value(affinity, teacher_affinity, info)
-    return (value, info), _gradient(affinity, teacher_affinity, info)
+    value, gradient = _contrast(student, teacher, info, with_gradient=True)
+    return (value, info), gradient
 
 
-def _klot_bwd(budget, gradient, cotangents):
-    del budget
-    return (cotangents[0] * gradient, None, None, None, None, None)
+def _klot_bwd(static, gradient, cotangents):
+    del static
+    scaled = jax.tree.map(lambda leaf: cotangents[0] * leaf, gradient)
+    return (scaled, None, None, None, None, None, None)
 
 
 _klot.defvjp(_klot_fwd, _klot_bwd)
 
 
-def _solve_both(budget, affinity, teacher_affinity, epsilon, teacher_epsilon, threshold, init):
+def _solve_both(static, student, teacher, epsilon, teacher_epsilon, marginals, threshold, init):
+    max_iterations, iterations, axis_name = static
     plans = []
-    for name, matrix, regularisation, stop, start in (
-        ("student", affinity, epsilon, threshold[0], init[0]),
-        ("teacher", teacher_affinity, teacher_epsilon, threshold[1], init[1]),
+    for name, affinity, regularisation, stop, start in (
+        ("student", student, epsilon, threshold[0], init[0]),
+        ("teacher", teacher, teacher_epsilon, threshold[1], init[1]),
     ):
         try:
             plan = solve(
-                matrix,
+                affinity,
                 regularisation,
+                a=marginals[0],
+                b=marginals[1],
                 threshold=stop,
-                max_iterations=budget[0],
-                iterations=budget[1],
+                max_iterations=max_iterations,
+                iterations=iterations,
                 init=start,
+                axis_name=axis_name,
             )
         except ProblemError as error:
             raise ProblemError(f"{name} plan: {error}") from error
@@ -210,25 +288,56 @@ def _solve_both(budget, affinity, teacher_affinity, epsilon, teacher_epsilon, th
     return KLOTInfo(*plans)
 
 
-@jax.jit
-def _value(affinity, teacher_affinity, info: KLOTInfo):
-    """``sum P* (log P* - log P) - P* + P``: the divergence, in a form no term of which is negative.
+@functools.partial(jax.jit, static_argnames=("with_gradient",))
+def _contrast(student, teacher, info: KLOTInfo, with_gradient: bool):
+    """The divergence over the rows at hand, and its gradient with respect to ``student``."""
+    if isinstance(student, StreamedAffinity):
+        return _contrast_streamed(student, teacher, info, with_gradient)
+    log_student = info.student.log_matrix(student)
+    log_teacher = info.teacher.log_matrix(teacher)
+    value = jnp.sum(_row_divergences(log_student, log_teacher))
+    if not with_gradient:
+        return value, None
+    return value, (jnp.exp(log_student) - jnp.exp(log_teacher)) / info.student.epsilon
+
+
+def _contrast_streamed(
+    student: StreamedAffinity, teacher: StreamedAffinity, info: KLOTInfo, with_gradient: bool
+):
+    """The same, a block at a time: with unit rows, ``dK/d image_i`` is ``text``."""
+
+    def block(gradient, rows):
+        image, teacher_image, f, teacher_f = rows
+        log_student = info.student._replace(f=f).log_matrix(student.of_rows(image))
+        log_teacher = info.teacher._replace(f=teacher_f).log_matrix(teacher.of_rows(teacher_image))
+        values = _row_divergences(log_student, log_teacher)
+        if not with_gradient:
+            return gradient, (values, None)
+        slope = (jnp.exp(log_student) - jnp.exp(log_teacher)) / info.student.epsilon
+        gradient += jnp.matmul(slope.T, image, precision=HIGHEST)
+        return gradient, (values, jnp.matmul(slope, student.text, precision=HIGHEST))
+
+    rows = (student.image, teacher.image, info.student.f, info.teacher.f)
+    start = varying_like(jnp.zeros_like(student.text), *rows, student.text, teacher.text)
+    text, (values, image) = over_blocks(
+        block, start if with_gradient else None, rows, student.block
+    )
+    value = jnp.sum(values)
+    if not with_gradient:
+        return value, None
+    return value, StreamedAffinity(image, text, student.block)
+
+
+def _row_divergences(log_student, log_teacher):
+    """``sum_j P* (log P* - log P) - P* + P``: the divergence, row by row, no term negative.
 
     The two last terms cancel, since both plans end with exact rows. Kept entry by entry they make
     the sum exactly zero for equal plans and free of cancellation near them.
     """
-    log_student = info.student.log_matrix(affinity)
-    log_teacher = info.teacher.log_matrix(teacher_affinity)
     teacher = jnp.exp(log_teacher)
     # A forbidden entry has teacher mass 0 and log -inf on both sides.
     cross = jnp.where(teacher == 0, 0.0, teacher * (log_teacher - log_student))
-    return jnp.sum(jnp.sum(cross - teacher + jnp.exp(log_student), axis=1))
-
-
-@jax.jit
-def _gradient(affinity, teacher_affinity, info: KLOTInfo):
-    difference = info.student.matrix(affinity) - info.teacher.matrix(teacher_affinity)
-    return difference / info.student.epsilon
+    return jnp.sum(cross - teacher + jnp.exp(log_student), axis=1)
 
 
 def _not_differentiable(message: str):

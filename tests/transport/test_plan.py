@@ -274,7 +274,7 @@ class TestTransforms:
         assert len(traces) == 1 and len(set(counts)) > 1
 
     def test_eager_calls_share_one_compilation(self):
-        from sotalign_jax.transport import plan as module
+        from sotalign_jax.transport import sinkhorn as module
 
         affinity = affinity_of("cosines", 17, 13)
         solve(affinity, 0.05)
