@@ -77,6 +77,10 @@ def get_config(arg=None):
     config.loss.threshold = 1e-3  # L1 marginal error at which Sinkhorn stops
     config.loss.max_iterations = 500
     config.loss.iterations = 0  # the paper's fixed count is 100; 0: until the threshold
+    # Matrices of rows by columns: held (dense), formed block by block anew for every iteration
+    # (streamed), or dense while they fit in this much memory of a device (auto).
+    config.loss.memory = "auto"  # auto | dense | streamed
+    config.loss.memory_gib = 4.0
 
     # ---- rows a step
     config.batch.pairs = 10_000  # all of them while they fit

@@ -95,6 +95,8 @@ def default_config() -> Config:
     config.loss.threshold = 1e-3
     config.loss.max_iterations = 500
     config.loss.iterations = 0
+    config.loss.memory = "auto"
+    config.loss.memory_gib = 4.0
 
     config.batch = ml_collections.ConfigDict()
     config.batch.pairs = 10_000
@@ -145,6 +147,7 @@ _CHOICES = {
     "model.layer": ("linear", "mlp", "star"),
     "loss.normalization": ("mean", "rows"),
     "loss.divergence": ("klot", "cka", "info_nce"),
+    "loss.memory": ("auto", "dense", "streamed"),
     "optimizer.name": ("lion", "adamw"),
     "select": ("last", "best"),
     "select_metric": tuple(
@@ -160,6 +163,7 @@ _POSITIVE = (
     "loss.epsilon",
     "loss.threshold",
     "loss.max_iterations",
+    "loss.memory_gib",
     "batch.pairs",
     "batch.unpaired",
     "optimizer.learning_rate",

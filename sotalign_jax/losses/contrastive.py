@@ -7,9 +7,13 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from sotalign_jax.losses.affinity import cosine_affinity
+from sotalign_jax.losses.affinity import check_same_dim, cosine_affinity
+from sotalign_jax.numerics import unit_rows
+from sotalign_jax.transport import StreamedAffinity
+from sotalign_jax.transport.geometry import AxisName
+from sotalign_jax.transport.streamed import over_blocks
 
 __all__ = ["info_nce", "siglip"]
 
@@ -21,6 +25,10 @@ def siglip(
     scale: float | Float[ArrayLike, ""] = 20.0,
     bias: float | Float[ArrayLike, ""] = -10.0,
     normalization: Literal["mean", "rows"] = "mean",
+    image_mask: Bool[ArrayLike, " n"] | None = None,
+    text_mask: Bool[ArrayLike, " m"] | None = None,
+    block: int | None = None,
+    axis_name: AxisName | None = None,
 ) -> Float[Array, ""]:
     r"""Sigmoid loss of every image with every text, the diagonal being the true pairs.
 
@@ -40,12 +48,19 @@ def siglip(
         normalization: ``"mean"``: ``Z = n m``, as in the SOTAlign authors' code, to which the
             paper's alpha refers; ``"rows"``: ``Z = min(n, m)``, as in the SigLIP paper, which is
             ``max(n, m)`` times larger.
+        image_mask: ``(n,)``, False for rows that do not count (padding); all count by default.
+        text_mask: ``(m,)``, likewise. ``n`` and ``m`` above are then the rows that count.
+        block: rows of logits that are held at once, forward and backward; all by default.
+        axis_name: inside ``shard_map``, the mesh axes over which the images are spread: ``image``
+            and ``image_mask`` are this device's rows, in the order of the devices; texts are whole
+            on every device, and the value is the same on all.
 
     Returns:
         Float32 scalar, in nats.
 
     Raises:
-        ValueError: if the dimensions differ or ``normalization`` is unknown.
+        ValueError: if the dimensions differ, ``normalization`` is unknown or ``block`` is not
+            positive.
 
     References:
         X. Zhai et al., "Sigmoid loss for language image pre-training", ICCV 2023, equation (1).
@@ -53,13 +68,37 @@ def siglip(
     """
     if normalization not in ("mean", "rows"):
         raise ValueError(f"normalization must be 'mean' or 'rows', got {normalization!r}")
-    logits = jnp.asarray(scale, jnp.float32) * cosine_affinity(image, text)
-    logits = logits + jnp.asarray(bias, jnp.float32)
-    # -log sigmoid(x) = softplus(-x) = softplus(x) - x: all entries count as negatives, and the
-    # diagonal is then corrected. No matrix of targets is formed.
-    total = jnp.sum(jnp.sum(jax.nn.softplus(logits), axis=1)) - jnp.sum(jnp.diagonal(logits))
-    n, m = logits.shape
-    return total / (n * m if normalization == "mean" else min(n, m))
+    if block is not None and block < 1:
+        raise ValueError(f"block must be at least 1, got {block}")
+    check_same_dim(image, text)
+    n, m = jnp.shape(image)[0], jnp.shape(text)[0]
+    image_mask = jnp.ones(n, bool) if image_mask is None else jnp.asarray(image_mask)
+    text_mask = jnp.ones(m, bool) if text_mask is None else jnp.asarray(text_mask)
+    affinity = StreamedAffinity(unit_rows(image), unit_rows(text), block or n)
+    first = jnp.asarray(0, jnp.int32)
+    if axis_name is not None:
+        first = jnp.asarray(jax.lax.axis_index(axis_name) * n, jnp.int32)
+    partner = first + jnp.arange(n, dtype=jnp.int32)
+    scale, bias = jnp.asarray(scale, jnp.float32), jnp.asarray(bias, jnp.float32)
+
+    @jax.checkpoint
+    def rows_of(carry, rows):
+        image, mask, partner = rows
+        logits = scale * affinity.of_rows(image) + bias
+        # -log sigmoid(x) = softplus(-x) = softplus(x) - x: all entries count as negatives, and the
+        # true pairs are then corrected. No matrix of targets is formed.
+        negatives = jnp.sum(jnp.where(text_mask[None, :], jax.nn.softplus(logits), 0.0), axis=1)
+        at = jnp.minimum(partner, m - 1)
+        paired = mask & (partner < m) & text_mask[at]
+        own = jnp.take_along_axis(logits, at[:, None], axis=1)[:, 0]
+        return carry, jnp.where(mask, negatives, 0.0) - jnp.where(paired, own, 0.0)
+
+    _, losses = over_blocks(rows_of, (), (affinity.image, image_mask, partner), affinity.block)
+    total, n = jnp.sum(losses), jnp.sum(image_mask, dtype=jnp.float32)
+    if axis_name is not None:
+        total, n = jax.lax.psum((total, n), axis_name)
+    m = jnp.sum(text_mask, dtype=jnp.float32)
+    return total / (n * m if normalization == "mean" else jnp.minimum(n, m))
 
 
 def info_nce(

@@ -32,6 +32,8 @@ class LossSettings:
     threshold: float
     max_iterations: int
     iterations: int  # 0: until the threshold
+    memory: Literal["auto", "dense", "streamed"]
+    memory_gib: float
     normalization: Literal["mean", "rows"]
 
     @classmethod

@@ -93,16 +93,16 @@ def over_blocks(
         The last carry, and the outputs of all rows.
     """
     n = jax.tree.leaves(rows)[0].shape[0]
+    if n <= block:
+        return body(carry, rows)
     whole = n // block * block
-    parts = []
-    if whole:
-        blocks = jax.tree.map(lambda x: x[:whole].reshape(-1, block, *x.shape[1:]), rows)
-        carry, out = jax.lax.scan(body, carry, blocks)
-        parts.append(jax.tree.map(lambda x: jnp.reshape(x, (whole, *x.shape[2:])), out))
-    if whole < n:
-        carry, out = body(carry, jax.tree.map(lambda x: x[whole:], rows))
-        parts.append(out)
-    return carry, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+    blocks = jax.tree.map(lambda x: x[:whole].reshape(-1, block, *x.shape[1:]), rows)
+    carry, out = jax.lax.scan(body, carry, blocks)
+    out = jax.tree.map(lambda x: jnp.reshape(x, (whole, *x.shape[2:])), out)
+    if whole == n:
+        return carry, out
+    carry, last = body(carry, jax.tree.map(lambda x: x[whole:], rows))
+    return carry, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), out, last)
 
 
 @jax.tree_util.register_pytree_node_class

@@ -7,6 +7,8 @@ import pytest
 import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from sotalign_jax.losses import info_nce, siglip
 from sotalign_jax.losses.affinity import check_same_rows, cosine_affinity
@@ -81,6 +83,56 @@ class TestSiglip:
         np.testing.assert_allclose(loss(image, text), truth(image, text), rtol=1e-5)
         for side in (0, 1):
             check_gradient(loss, truth, image, text, side)
+
+    @pytest.mark.parametrize("block", [1, 4, 9, 20])
+    @pytest.mark.parametrize("n,m", [(9, 15), (15, 9)])
+    def test_blocks_and_masks(self, n, m, block):
+        image, text = draw(n, m)
+        options = {"scale": 7.0, "bias": -2.0, "normalization": "rows"}
+        for keep_n, keep_m in ((n, m), (n - 2, m - 1)):
+            masks = {"image_mask": np.arange(n) < keep_n, "text_mask": np.arange(m) < keep_m}
+
+            def loss(image, text, masks=masks):
+                return siglip(image, text, **options, **masks, block=block)
+
+            def truth(image, text, keep_n=keep_n, keep_m=keep_m):
+                return siglip_in_numpy(image[:keep_n], text[:keep_m], **options)
+
+            np.testing.assert_allclose(loss(image, text), truth(image, text), rtol=1e-5)
+            for side in (0, 1):
+                check_gradient(loss, truth, image, text, side)
+
+    def test_blocks_hold_no_matrix(self):
+        image, text = draw(211, 157)
+        f = jax.jit(jax.grad(lambda i, t: siglip(i, t, block=16)))
+        compiled = f.lower(image, text).compile().as_text()
+        assert "[16,157]" in compiled and "[211,157]" not in compiled
+
+    @pytest.mark.parametrize("shape,names", [((8,), ("r",)), ((4, 2), ("r", "s"))])
+    @pytest.mark.parametrize("n,m", [(16, 16), (13, 19), (13, 13)])
+    def test_sharded_equals_numpy(self, shape, names, n, m):
+        image, text = draw(n, m)
+        padded = np.concatenate([image, np.zeros((16 - n, image.shape[1]), np.float32)])
+        mask = np.arange(16) < n
+        mesh = jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names))
+
+        def local(image, text, mask, scale):
+            return siglip(image, text, scale=scale, image_mask=mask, axis_name=names, block=1)
+
+        f = jax.shard_map(local, mesh=mesh, in_specs=(P(names), P(), P(names), P()), out_specs=P())
+        value, gradients = jax.jit(jax.value_and_grad(f, argnums=(0, 1, 3)))(
+            padded, text, mask, jnp.float32(20.0)
+        )
+        one = jax.grad(lambda i, t, s: siglip(i, t, scale=s), argnums=(0, 1, 2))(
+            image, text, jnp.float32(20.0)
+        )
+        np.testing.assert_allclose(value, siglip_in_numpy(image, text), rtol=1e-5)
+        for found, expected in zip((gradients[0][:n], *gradients[1:]), one, strict=True):
+            assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
+
+    def test_a_bad_block_is_named(self):
+        with pytest.raises(ValueError, match="block must be at least 1, got 0"):
+            siglip(*draw(4, 4), block=0)
 
     def test_scale_and_bias_are_learned(self):
         image, text = draw(9, 9)
