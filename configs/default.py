@@ -97,7 +97,7 @@ def get_config(arg=None):
     # ---- rhythm, in steps
     config.log_every = 10  # steps of one dispatch, and of one line in metrics.jsonl
     config.eval_every = 100  # 0: only at the end
-    config.checkpoint_every = 100  # 0: only at the end, a killed run begins anew
+    config.checkpoint_every = 100  # 0: at the end and on SIGTERM; a killed run begins anew
     config.select = "last"  # last | best (checkpoint with the highest select_metric on validation)
     config.select_metric = "mean_recall@1"
     config.metrics.tensorboard = False

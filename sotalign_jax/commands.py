@@ -14,17 +14,36 @@ from sotalign_jax import features, sweeps, training
 from sotalign_jax.config import Config, validate
 from sotalign_jax.features import FeatureTable, Pairs
 from sotalign_jax.models import Aligner
+from sotalign_jax.training import distributed
 from sotalign_jax.training.evaluate import check_width
 from sotalign_jax.training.metrics import make_console
 from sotalign_jax.training.workdir import read_json, write_json
 
-__all__ = ["compare", "embed", "evaluate", "fit_teacher", "inspect", "train"]
+__all__ = ["USAGE", "compare", "embed", "evaluate", "fit_teacher", "inspect", "train"]
+
+USAGE = """sotalign: semi-supervised alignment of frozen image and text encoders
+
+  sotalign train       --config=FILE.py --workdir=DIR    train an aligner; the same again resumes
+  sotalign compare     --config=FILE.py --workdir=DIR    train methods on several seeds, one table
+  sotalign evaluate    --workdir=DIR [--image=F --text=F] [--out=FILE.json]    retrieval
+  sotalign embed       --workdir=DIR [--image=F] [--text=F] [--out=DIR]    features to embeddings
+  sotalign fit-teacher --config=FILE.py --out=DIR        the linear teacher alone, as an aligner
+  sotalign inspect     PATH ...                          features, an aligner or a run, described
+
+Any field of a config can be set on the command line: --config.loss.alpha=0.1
+"""
 
 _SHOWN = (1, 5, 10)
 
 
 def train(config: Config, workdir: str, console: Console | None = None) -> dict[str, Any]:
     """Train, or go on training, and print held-out retrieval beside the teacher's."""
+    started = distributed.start()
+    if started.process_count > 1:  # to be removed once the step is sharded over processes
+        raise ValueError(
+            f"train: this is one of {started.process_count} processes ({started.method}), and "
+            "training on several is not supported yet; start one process on one host"
+        )
     console = console or make_console()
     results = training.train(config, workdir, console=console)
     for name in ("val", "test"):

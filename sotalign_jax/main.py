@@ -1,14 +1,13 @@
 """``sotalign COMMAND [flags]``: one entry point; each command is a function of `commands`."""
 
 import sys
-from collections.abc import Callable
-from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from sotalign_jax import commands
 from sotalign_jax.config import explain
+from sotalign_jax.training.distributed import Preempted
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, as FILE.py or FILE.py:arg.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; given again, it goes on.")
@@ -16,25 +15,13 @@ _IMAGE = flags.DEFINE_string("image", None, "Image features: any format that `in
 _TEXT = flags.DEFINE_string("text", None, "Text features.")
 _OUT = flags.DEFINE_string("out", None, "Where to write.")
 
-COMMANDS: dict[str, Callable[[], Any]] = {
+COMMANDS = {
     "train": lambda: commands.train(_needed(_CONFIG), _needed(_WORKDIR)),
     "compare": lambda: commands.compare(_needed(_CONFIG), _needed(_WORKDIR)),
     "evaluate": lambda: commands.evaluate(_needed(_WORKDIR), _IMAGE.value, _TEXT.value, _OUT.value),
     "embed": lambda: commands.embed(_needed(_WORKDIR), _IMAGE.value, _TEXT.value, _OUT.value),
     "fit-teacher": lambda: commands.fit_teacher(_needed(_CONFIG), _needed(_OUT)),
 }
-
-USAGE = """sotalign: semi-supervised alignment of frozen image and text encoders
-
-  sotalign train       --config=FILE.py --workdir=DIR    train an aligner; the same again resumes
-  sotalign compare     --config=FILE.py --workdir=DIR    train methods on several seeds, one table
-  sotalign evaluate    --workdir=DIR [--image=F --text=F] [--out=FILE.json]    retrieval
-  sotalign embed       --workdir=DIR [--image=F] [--text=F] [--out=DIR]    features to embeddings
-  sotalign fit-teacher --config=FILE.py --out=DIR        the linear teacher alone, as an aligner
-  sotalign inspect     PATH ...                          features, an aligner or a run, described
-
-Any field of a config can be set on the command line: --config.loss.alpha=0.1
-"""
 
 
 def _needed(flag):
@@ -52,6 +39,8 @@ def _main(argv: list[str]) -> int:
             raise ValueError(f"{paths[0]}: unexpected; flags are written --name=value")
         else:
             COMMANDS[name]()
+    except Preempted as stop:
+        print(f"sotalign {name}: {stop}")
     except (ValueError, OSError, ImportError) as error:
         return _report(name, "error", str(error), 2)
     except FloatingPointError as error:
@@ -80,6 +69,6 @@ def run() -> None:
     """Entry point of the ``sotalign`` command."""
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     if command not in (*COMMANDS, "inspect"):
-        print(USAGE)
+        print(commands.USAGE)
         sys.exit(0 if command in ("", "help", "-h", "--help") else 2)
     app.run(_main, flags_parser=_parse)

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sotalign_jax.config import Config, ConfigError, flatten, validate
+from sotalign_jax.training.distributed import PreemptionWatch
 from sotalign_jax.training.loop import Inputs, load_inputs, train
 from sotalign_jax.training.metrics import make_console
 from sotalign_jax.training.workdir import Workdir, write_json
@@ -48,6 +49,7 @@ def compare(config, workdir: str | os.PathLike, *, console: Console | None = Non
 
     Raises:
         ValueError: as `train`; or nothing to compare, or data without test pairs.
+        Preempted: as `train`.
     """
     console = console or make_console()
     config = validate(config)
@@ -61,11 +63,11 @@ def compare(config, workdir: str | os.PathLike, *, console: Console | None = Non
             raise ConfigError(f"config.compare.methods.{name}: this name is taken, choose another")
     if not config.compare.seeds:
         raise ConfigError("config.compare.seeds: must name at least one seed, got none")
-    with home.locked():
-        return _compare(config, home, methods, console)
+    with home.locked(), PreemptionWatch() as watch:
+        return _compare(config, home, methods, console, watch)
 
 
-def _compare(config, home: Workdir, methods, console: Console) -> Results:
+def _compare(config, home: Workdir, methods, console: Console, watch: PreemptionWatch) -> Results:
     # Input is checked by reading it, before the directory is taken for this configuration.
     first = _with(config, next(iter(methods.values())), config.compare.seeds[0])
     inputs = _InputCache(test=True)
@@ -73,13 +75,13 @@ def _compare(config, home: Workdir, methods, console: Console) -> Results:
         inputs.get(validate(first))
     home.start(config)
     if config.compare.tune_seeds:
-        methods = _tune(config, methods, home.path / "tuning", console)
+        methods = _tune(config, methods, home.path / "tuning", console, watch)
         write_json(home.path / "tuning.json", methods)
 
     results: Results = {name: {} for name in (config.compare.teacher, *methods) if name}
     for seed in config.compare.seeds:
         for name, fields in methods.items():
-            outcome = _run(config, fields, seed, home.path / name / f"seed_{seed}", inputs)
+            outcome = _run(config, fields, seed, home.path / name / f"seed_{seed}", inputs, watch)
             if "test" not in outcome:
                 raise ConfigError("config.data: has no test pairs to compare on")
             results[name][str(seed)] = outcome["test"]
@@ -127,14 +129,18 @@ def _with(config: Config, fields: Mapping[str, Any], seed: int) -> Config:
     return run
 
 
-def _run(config, fields, seed: int, path: Path, inputs: _InputCache) -> dict[str, Any]:
+def _run(
+    config, fields, seed: int, path: Path, inputs: _InputCache, watch: PreemptionWatch
+) -> dict[str, Any]:
     run = validate(_with(config, fields, seed))
     if (path / "results.json").exists():
         return train(run, path, quiet=True)
-    return train(run, path, quiet=True, inputs=inputs.get(run))
+    return train(run, path, quiet=True, inputs=inputs.get(run), watch=watch)
 
 
-def _tune(config, methods, path: Path, console: Console) -> dict[str, dict[str, Any]]:
+def _tune(
+    config, methods, path: Path, console: Console, watch: PreemptionWatch
+) -> dict[str, dict[str, Any]]:
     """Each method with the point of its grid that is best on validation, in the mean over seeds."""
     metric = config.select_metric
     tuned = {}
@@ -151,7 +157,7 @@ def _tune(config, methods, path: Path, console: Console) -> dict[str, dict[str, 
             values = []
             for seed in config.compare.tune_seeds:
                 target = path / name / f"point_{number}" / f"seed_{seed}"
-                outcome = _run(config, candidate, seed, target, inputs[seed])
+                outcome = _run(config, candidate, seed, target, inputs[seed], watch)
                 if "val" not in outcome:
                     raise ConfigError("config.data: has no validation pairs to tune on")
                 values.append(outcome["val"][metric])

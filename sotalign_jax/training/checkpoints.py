@@ -26,7 +26,14 @@ class Checkpoints:
         policies = ocp.training.preservation_policies
         kept: list[Any] = [policies.LatestN(n=1)]
         if keep_best:
-            kept.append(policies.BestN(get_metric_fn=lambda metrics: metrics["value"], n=1))
+            # A checkpoint without a metric was saved on SIGTERM, to go on from and no longer.
+            kept.append(
+                policies.BestN(
+                    get_metric_fn=lambda metrics: metrics["value"],
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
         self._checkpointer: Any = ocp.training.Checkpointer(
             str(Path(directory).absolute()),
             preservation_policy=policies.AnyPreservationPolicy(kept),  # pyright: ignore[reportArgumentType]

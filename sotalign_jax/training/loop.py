@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -20,6 +21,7 @@ from sotalign_jax.models import Aligner, LayerConfig
 from sotalign_jax.teachers import LinearTeacher
 from sotalign_jax.training.checkpoints import Checkpoints
 from sotalign_jax.training.data import fit_teacher, load_splits
+from sotalign_jax.training.distributed import Preempted, PreemptionWatch
 from sotalign_jax.training.evaluate import evaluate
 from sotalign_jax.training.metrics import MetricWriter, ProgressBar, make_console, make_sinks
 from sotalign_jax.training.objectives import LossSettings
@@ -58,13 +60,15 @@ def train(
     console: Console | None = None,
     quiet: bool = False,
     inputs: Inputs | None = None,
+    watch: PreemptionWatch | None = None,
 ) -> dict[str, Any]:
     """One run, from its configuration to ``results.json``; given the same directory, it goes on.
 
     The directory ends up with ``config.json``, ``provenance.jsonl``, ``metrics.jsonl``,
     ``checkpoints/``, ``aligner/`` (the trained model), ``teacher/`` (the teacher, as an aligner)
     and ``results.json``. A run that was killed at any moment and is started again ends with the
-    parameters of one that was not. A run that is done returns its results again.
+    parameters of one that was not. A run that is done returns its results again. On SIGTERM it
+    finishes the dispatch at hand, saves a checkpoint and stops.
 
     Args:
         config: a configuration; see ``configs/default.py``.
@@ -72,6 +76,7 @@ def train(
         console: where to report; standard output by default.
         quiet: report nothing.
         inputs: the rows and the teacher, where a caller of several runs has them already.
+        watch: who looks out for SIGTERM, where a caller does so; by default this run itself.
 
     Returns:
         What ``results.json`` holds: retrieval of the aligner and of its teacher on the test and
@@ -80,6 +85,7 @@ def train(
     Raises:
         ValueError: a configuration, file or directory that cannot be used, before any training.
         FloatingPointError: the loss is no longer finite.
+        Preempted: the run was stopped by SIGTERM; the same call goes on.
     """
     config = validate(config)
     home = Workdir(workdir, config)
@@ -87,8 +93,9 @@ def train(
         return read_json(home.results)
     began = time.perf_counter()
 
-    with home.locked():
-        return _train(config, home, console or make_console(), quiet, inputs, began)
+    with home.locked(), contextlib.ExitStack() as stack:
+        watch = watch or stack.enter_context(PreemptionWatch())
+        return _train(config, home, console or make_console(), quiet, inputs, watch, began)
 
 
 def _train(
@@ -97,6 +104,7 @@ def _train(
     console: Console,
     quiet: bool,
     inputs: Inputs | None,
+    watch: PreemptionWatch,
     began: float,
 ) -> dict[str, Any]:
     # ---- data and teacher: every check of the input happens here
@@ -134,6 +142,8 @@ def _train(
         else _dispatch_streamed(setup, state, rest, teacher, tables, key, start, config)
     )
     try:
+        if start < config.steps and watch.agreed(start):
+            raise Preempted(start)
         for state, step, metrics in dispatches:
             record = _checked_means(metrics, step)
             record |= clock.tick(step)
@@ -148,6 +158,11 @@ def _train(
             bar.update(step, record)
             if save:
                 checkpoints.save(state, record.get(f"val/{config.select_metric}"))
+            if not final and watch.agreed(step):
+                # Without its metric: where no checkpoint was due, none may be selected, or the
+                # outcome would depend on the interruption.
+                checkpoints.save(state)
+                raise Preempted(step)
     finally:
         bar.close()
         writer.close()
