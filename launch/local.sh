@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Train in one process on this machine, on the accelerator that JAX finds. The scripts for clusters
+# run this one on their machines.
+#
+#   CONFIG=configs/emoji.py WORKDIR=runs/emoji launch/local.sh [--config.steps=100 ...]
+#
+# Resume: the same command goes on from the last checkpoint. SIGTERM, Ctrl-C and a lost terminal
+# save one and stop. Exit status: 0 done; 75 stopped early, run it again; else of sotalign: 2 wrong
+# input, 3 the loss is not finite.
+#
+# CONFIG    config file, FILE.py or FILE.py:arg
+# WORKDIR   directory of the run
+# SOTALIGN  the command [sotalign]
+# DRY_RUN=1 prints what would be run
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+need CONFIG WORKDIR
+
+command=("${SOTALIGN:-sotalign}" train --config="$CONFIG" --workdir="$WORKDIR" "$@")
+if [[ -n ${DRY_RUN:-} ]]; then
+  run "${command[@]}"
+  exit
+fi
+
+stopped=
+"${command[@]}" 3>&- &
+child=$!
+trap 'stopped=yes; kill -TERM "$child" 2>/dev/null || true' TERM INT HUP
+# A signal ends `wait`, not the training.
+while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done
+status=0
+wait "$child" || status=$?
+
+if [[ $status == 0 && ! -f $WORKDIR/results.json ]]; then
+  status=75
+elif [[ $status == 143 && -n $stopped ]]; then
+  status=75 # ended by SIGTERM before it listened: nothing was trained yet
+fi
+exit "$status"
