@@ -32,6 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sotalign_jax.features.embedded import emoji_table, openclipart_table
+from sotalign_jax.files import replace_text
 from sotalign_jax.losses import klot_from_affinity
 from sotalign_jax.numerics import unit_rows
 from sotalign_jax.teachers import cca, moments_of
@@ -393,12 +394,6 @@ def _table(report: dict[str, Any]) -> Table:
     return table
 
 
-def _write_json(report: dict[str, Any], path: pathlib.Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line: measure, print one table, and with ``--json`` write the numbers.
 
@@ -422,7 +417,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     Console(width=max(160, Console().width)).print(_table(report))
     if options.json is not None:
-        _write_json(report, options.json)
+        replace_text(options.json, json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ import numpy as np
 from jaxtyping import Float32, Int
 from numpy.typing import ArrayLike
 
+from sotalign_jax.files import flush_files
+
 __all__ = [
     "FeatureTable",
     "Manifest",
@@ -554,6 +556,7 @@ def write_store(
             ids=None if ids is None else IDS,
         )
         (partial / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        flush_files(partial)
         _move_into_place(partial, target, overwrite)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

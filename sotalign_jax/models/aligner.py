@@ -20,6 +20,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 import sotalign_jax
+from sotalign_jax.files import flush_files
 from sotalign_jax.models.layers import (
     LAYER_NORM_EPSILON,
     STAR_CLAMP,
@@ -399,9 +400,7 @@ class Aligner(nnx.Module):
         try:
             safetensors.numpy.save_file(tensors, partial / TENSORS_FILE)
             (partial / CONFIG_FILE).write_text(document, encoding="utf-8")
-            for file in partial.iterdir():
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
+            flush_files(partial)
             if target.exists():
                 shutil.rmtree(previous, ignore_errors=True)
                 os.rename(target, previous)

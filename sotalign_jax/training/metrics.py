@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import uuid
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -19,6 +18,7 @@ from rich.progress import (
 )
 
 from sotalign_jax.config import Config
+from sotalign_jax.files import replace_text
 
 __all__ = ["MetricWriter", "ProgressBar", "make_console", "make_sinks"]
 
@@ -51,9 +51,7 @@ class MetricWriter:
     def __init__(self, path: Path, resume_from: int = 0, sinks: tuple[Sink, ...] = ()):
         self._sinks = sinks
         kept = [line for line, step in _records(path) if step <= resume_from]
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_text("".join(kept), encoding="utf-8")
-        os.replace(partial, path)
+        replace_text(path, "".join(kept))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
@@ -146,9 +144,7 @@ def _run_id(workdir: Path) -> str:
     """
     file = workdir / "wandb_id"
     if not file.exists():
-        partial = workdir / f".wandb_id.{os.getpid()}"
-        partial.write_text(uuid.uuid4().hex[:16], encoding="utf-8")
-        os.replace(partial, file)
+        replace_text(file, uuid.uuid4().hex[:16])
     return file.read_text(encoding="utf-8")
 
 

@@ -18,6 +18,7 @@ import jax
 
 import sotalign_jax
 from sotalign_jax.config import ConfigError, differences
+from sotalign_jax.files import replace_text
 
 __all__ = ["Workdir", "provenance", "write_json"]
 
@@ -176,13 +177,8 @@ def _git_state() -> dict[str, Any] | None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` under a temporary name, then rename: a reader never sees half of it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
-        file.flush()
-        os.fsync(file.fileno())  # or a power loss may leave the new name on an empty file
-    os.replace(partial, path)
+    """Write ``value`` as JSON; a reader never sees half of it."""
+    replace_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def read_json(path: Path) -> Any:
