@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,8 @@ from sotalign_jax.config import Config, validate
 from sotalign_jax.features import FeatureTable, Pairs
 from sotalign_jax.models import Aligner
 from sotalign_jax.training import distributed
-from sotalign_jax.training.evaluate import check_width
-from sotalign_jax.training.metrics import make_console
+from sotalign_jax.training.evaluate import CHUNK, check_width
+from sotalign_jax.training.metrics import ProgressBar, make_console
 from sotalign_jax.training.workdir import read_json, write_json
 
 __all__ = ["USAGE", "compare", "embed", "evaluate", "fit_teacher", "inspect", "train"]
@@ -99,7 +101,8 @@ def evaluate(
         raise ValueError(f"out: {out} exists; give another file or remove it")
     aligner = load_aligner(workdir)
     pairs = _given_pairs(image, text) or _test_pairs(workdir)
-    scores = training.evaluate(aligner, pairs)
+    with _progress(console, "rows", len(pairs.image) + len(pairs.text)) as advance:
+        scores = training.evaluate(aligner, pairs, progress=advance)
     table = retrieval_table(f"{len(pairs.image)} images, {len(pairs.text)} texts")
     add_scores(table, "aligner", scores)
     console.print(table)
@@ -116,7 +119,11 @@ def embed(
     out: str | None = None,
     console: Console | None = None,
 ) -> list[Path]:
-    """Embed raw features into feature stores; without any, the run's own test pairs."""
+    """Embed raw features into feature stores; without any, the run's own test pairs.
+
+    Rows are written as they are embedded, so that memory does not grow with their number. A store
+    stands under its name once it is whole.
+    """
     console = console or make_console()
     aligner = load_aligner(workdir)
     tables: dict[str, FeatureTable] = {}
@@ -136,19 +143,18 @@ def embed(
     written = []
     for side, table in tables.items():
         target = root / side
-        with console.status(f"embedding {len(table)} rows of {table.name}"):
-            rows = training.embed_rows(aligner, side, table)
-        features.write_store(
-            target,
-            rows,
-            ids=table.ids,
-            encoder=f"aligner of {workdir}",
-            normalized=True,
-            source=table.name,
-            dtype="float32",
-        )
+        with _progress(console, f"{side} rows", len(table)) as advance:
+            features.write_store(
+                target,
+                training.embed_chunks(aligner, side, table, progress=advance),
+                ids=table.ids,
+                encoder=f"aligner of {workdir}",
+                normalized=True,
+                source=table.name,
+                dtype="float32",
+            )
         console.print(
-            f"{len(rows)} {side} rows, {rows.shape[1]} columns: {target}",
+            f"{len(table)} {side} rows, {aligner.dim} columns: {target}",
             highlight=False,
             soft_wrap=True,
         )
@@ -199,6 +205,24 @@ def add_scores(table: Table, label: str, scores: dict[str, float]) -> None:
         for k in _SHOWN
     ]
     table.add_row(label, *cells, f"{scores['foscttm']:.4f}")
+
+
+@contextlib.contextmanager
+def _progress(console: Console, unit: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar that counts rows; off a terminal, no line for what one chunk does at once."""
+    quiet = not console.is_terminal and total <= CHUNK
+    bar = ProgressBar(console, total, 0, unit=unit, quiet=quiet)
+    done = 0
+
+    def advance(rows: int) -> None:
+        nonlocal done
+        done += rows
+        bar.update(done, {})
+
+    try:
+        yield advance
+    finally:
+        bar.close()
 
 
 def _given_pairs(image: str | None, text: str | None) -> Pairs | None:

@@ -1,21 +1,26 @@
 """The command line: what it prints, what it refuses, and its exit status."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 from absl import flags
+from flax import nnx
 from rich.console import Console
 from tiny_runs import CONFIG_FILE, tiny
 
 import sotalign_jax
 from sotalign_jax import commands, features, main
 from sotalign_jax.features import platonic_world
-from sotalign_jax.models import Aligner
+from sotalign_jax.models import Aligner, LayerConfig
+from sotalign_jax.training import embed_rows
+from sotalign_jax.training.evaluate import CHUNK
 
 # What ml_collections loads config files with.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -220,6 +225,110 @@ def test_embed_writes_stores_of_unit_rows_in_order(trained, files, tmp_path, her
     )  # fmt: skip
     assert status == 2 and "has 256 columns, but the aligner takes 192" in err
     assert not (tmp_path / "two").exists()
+
+
+@pytest.fixture
+def wide(tmp_path):
+    """An aligner whose embeddings are much larger than the features, to tell the two apart."""
+    aligner = Aligner(4, 3, 512, layer=LayerConfig("linear"), rngs=nnx.Rngs(0))
+    aligner.save(tmp_path / "wide")
+    return tmp_path / "wide", aligner
+
+
+def random_rows(path, rows, dim=4):
+    np.save(path, np.random.default_rng(0).standard_normal((rows, dim)).astype(np.float32))
+    return str(path)
+
+
+def embedding_peak(workdir, image, out):
+    """Bytes that `embed` holds at once, beside what JAX holds."""
+    tracemalloc.start()
+    commands.embed(str(workdir), image=image, out=str(out), console=Console(quiet=True))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+def test_embedding_more_rows_takes_no_more_memory(wide, tmp_path):
+    workdir, _ = wide
+    few = random_rows(tmp_path / "few.npy", 2 * CHUNK)
+    many = random_rows(tmp_path / "many.npy", 6 * CHUNK)
+    embedding_peak(workdir, few, tmp_path / "compiled")
+    peak = embedding_peak(workdir, few, tmp_path / "few")
+    # Four more chunks of embeddings are 64 MiB.
+    assert embedding_peak(workdir, many, tmp_path / "many") < peak + 2**22
+
+
+def test_chunks_change_no_byte_of_a_store(wide, tmp_path):
+    workdir, aligner = wide
+    path = random_rows(tmp_path / "image.npy", 9 * CHUNK + 5)
+    commands.embed(str(workdir), image=path, out=str(tmp_path), console=Console(quiet=True))
+    table = features.open_features(path)
+    features.write_store(
+        tmp_path / "whole",
+        embed_rows(aligner, "image", table),
+        encoder=f"aligner of {workdir}",
+        normalized=True,
+        source=table.name,
+        dtype="float32",
+    )
+    names = sorted(file.name for file in (tmp_path / "whole").iterdir())
+    assert names == ["features-00000.npy", "features-00001.npy", "manifest.json"]
+    for name in names:
+        whole, chunked = (tmp_path / kind / name for kind in ("whole", "image"))
+        assert chunked.read_bytes() == whole.read_bytes()
+
+
+def test_an_embedding_that_stops_leaves_nothing(wide, tmp_path, monkeypatch):
+    workdir, _ = wide
+    path = random_rows(tmp_path / "image.npy", 3 * CHUNK)
+    module = sys.modules["sotalign_jax.training.evaluate"]  # its name is also a function's
+    real, seen = module._embed, []
+
+    def embed(*arguments):
+        if len(seen) == 2:
+            (partial,) = (tmp_path / "out").iterdir()
+            seen.append(sum(file.stat().st_size for file in partial.iterdir()))
+            raise KeyboardInterrupt
+        seen.append(None)
+        return real(*arguments)
+
+    monkeypatch.setattr(module, "_embed", embed)
+    with pytest.raises(KeyboardInterrupt):
+        commands.embed(
+            str(workdir), image=path, out=str(tmp_path / "out"), console=Console(quiet=True)
+        )
+    assert seen[2] >= 4 * 512 * CHUNK  # rows were written as they came
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_embedding_shows_how_far_it_is(wide, tmp_path):
+    workdir, _ = wide
+    path = random_rows(tmp_path / "image.npy", 2 * CHUNK + 1)
+    log = Console(file=io.StringIO(), width=140)
+    commands.embed(str(workdir), image=path, out=str(tmp_path), console=log)
+    assert log.file.getvalue().splitlines()[:3] == [
+        f"image rows {rows}/{2 * CHUNK + 1}" for rows in (CHUNK, 2 * CHUNK, 2 * CHUNK + 1)
+    ]
+    screen = Console(file=io.StringIO(), width=140, force_terminal=True)
+    texts = random_rows(tmp_path / "text.npy", 50, 3)
+    commands.embed(str(workdir), text=texts, out=str(tmp_path), console=screen)
+    assert "text rows" in screen.file.getvalue() and "50/50" in screen.file.getvalue()
+
+
+def test_evaluation_shows_how_far_it_is_and_checks_both_sides_first(wide, tmp_path):
+    workdir, _ = wide
+    image = random_rows(tmp_path / "image.npy", CHUNK // 2 + 1)
+    text = random_rows(tmp_path / "text.npy", CHUNK // 2 + 1, 3)
+    log = Console(file=io.StringIO(), width=140)
+    commands.evaluate(str(workdir), image, text, console=log)
+    assert log.file.getvalue().splitlines()[:2] == [
+        f"rows {rows}/{CHUNK + 2}" for rows in (CHUNK // 2 + 1, CHUNK + 2)
+    ]
+    log = Console(file=io.StringIO(), width=140)
+    with pytest.raises(ValueError, match=r"text: .* has 4 columns, but the aligner takes 3"):
+        commands.evaluate(str(workdir), image, image, console=log)
+    assert log.file.getvalue() == ""
 
 
 def test_fit_teacher_saves_an_aligner_that_evaluates_like_the_runs_teacher(trained, tmp_path, here):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -14,16 +14,26 @@ from sotalign_jax.evaluation import retrieval_metrics
 from sotalign_jax.features import FeatureTable, Pairs
 from sotalign_jax.models import Aligner
 
-__all__ = ["check_width", "embed_rows", "evaluate"]
+__all__ = ["CHUNK", "check_width", "embed_chunks", "embed_rows", "evaluate"]
+
+CHUNK = 8_192
 
 
-def evaluate(aligner: Aligner, pairs: Pairs, *, chunk_size: int = 8_192) -> dict[str, float]:
+def evaluate(
+    aligner: Aligner,
+    pairs: Pairs,
+    *,
+    chunk_size: int = CHUNK,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, float]:
     """Retrieval of ``pairs`` by an aligner, from raw features; see `retrieval_metrics`."""
-    return retrieval_metrics(
-        embed_rows(aligner, "image", pairs.image, chunk_size=chunk_size),
-        embed_rows(aligner, "text", pairs.text, chunk_size=chunk_size),
-        text_to_image=pairs.text_to_image,
+    check_width(aligner, "image", pairs.image)
+    check_width(aligner, "text", pairs.text)
+    image, text = (
+        embed_rows(aligner, side, table, chunk_size=chunk_size, progress=progress)
+        for side, table in (("image", pairs.image), ("text", pairs.text))
     )
+    return retrieval_metrics(image, text, text_to_image=pairs.text_to_image)
 
 
 def embed_rows(
@@ -31,17 +41,17 @@ def embed_rows(
     side: str,
     table: FeatureTable,
     *,
-    chunk_size: int = 8_192,
+    chunk_size: int = CHUNK,
     progress: Callable[[int], None] | None = None,
 ) -> Float[np.ndarray, "n dim"]:
-    """All rows of a table, embedded chunk by chunk.
+    """All rows of a table, embedded chunk by chunk and held in memory together.
 
     Args:
         aligner: the model.
         side: ``"image"`` or ``"text"``.
         table: raw features.
         chunk_size: rows on device at a time.
-        progress: told the number of rows done, after each chunk.
+        progress: told the rows of each chunk once it is done.
 
     Returns:
         ``(n, dim)`` float32 unit rows, on the host.
@@ -49,19 +59,51 @@ def embed_rows(
     Raises:
         ValueError: features of another width than the aligner takes.
     """
-    check_width(aligner, side, table)
-    graph, state = nnx.split(aligner)
     out = np.empty((len(table), aligner.dim), np.float32)
     done = 0
-    for chunk in table.chunks(chunk_size):
-        # Every chunk has one shape, so that one program serves all tables.
-        padded = np.zeros((min(chunk_size, _rounded(len(table))), table.dim), np.float32)
-        padded[: len(chunk)] = chunk
-        out[done : done + len(chunk)] = _embed(graph, side, state, padded)[: len(chunk)]
-        done += len(chunk)
-        if progress is not None:
-            progress(done)
+    for rows in embed_chunks(aligner, side, table, chunk_size=chunk_size, progress=progress):
+        out[done : done + len(rows)] = rows
+        done += len(rows)
     return out
+
+
+def embed_chunks(
+    aligner: Aligner,
+    side: str,
+    table: FeatureTable,
+    *,
+    chunk_size: int = CHUNK,
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[Float[np.ndarray, "c dim"]]:
+    """The rows of a table, embedded one chunk after another; no more than a chunk is held.
+
+    Args:
+        aligner: the model.
+        side: ``"image"`` or ``"text"``.
+        table: raw features.
+        chunk_size: rows on device at a time.
+        progress: told the rows of each chunk once whoever asked for it comes for the next.
+
+    Yields:
+        ``(c, dim)`` float32 unit rows, on the host, ``1 <= c <= chunk_size``.
+
+    Raises:
+        ValueError: features of another width than the aligner takes, before the first chunk.
+    """
+    check_width(aligner, side, table)
+    graph, state = nnx.split(aligner)
+    # Every chunk has one shape, so that one program serves all tables.
+    padded_rows = min(chunk_size, _rounded(len(table)))
+
+    def embedded() -> Iterator[np.ndarray]:
+        for chunk in table.chunks(chunk_size):
+            padded = np.zeros((padded_rows, table.dim), np.float32)
+            padded[: len(chunk)] = chunk
+            yield np.asarray(_embed(graph, side, state, padded))[: len(chunk)]
+            if progress is not None:
+                progress(len(chunk))
+
+    return embedded()
 
 
 def check_width(aligner: Aligner, side: str, table: FeatureTable) -> None:

@@ -155,16 +155,25 @@ class ProgressBar:
         console: where to draw.
         total: steps of the run.
         done: steps done before this start.
+        unit: what is counted.
         quiet: draw nothing.
     """
 
-    def __init__(self, console: Console, total: int, done: int, *, quiet: bool = False):
-        self._console, self._total, self._quiet = console, total, quiet
+    def __init__(
+        self,
+        console: Console,
+        total: int,
+        done: int,
+        *,
+        unit: str = "step",
+        quiet: bool = False,
+    ):
+        self._console, self._total, self._unit, self._quiet = console, total, unit, quiet
         self._next_line = done
         self._bar = None
         if console.is_terminal and not quiet:
             self._bar = Progress(
-                TextColumn("step"),
+                TextColumn(unit),
                 MofNCompleteColumn(),
                 BarColumn(bar_width=20),
                 TextColumn("{task.fields[status]}"),
@@ -192,7 +201,9 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, status=status)
         elif not self._quiet and (step >= self._next_line or step == self._total):
-            self._console.print(f"step {step}/{self._total}  {status}", highlight=False)
+            self._console.print(
+                f"{self._unit} {step}/{self._total}  {status}".rstrip(), highlight=False
+            )
             self._next_line = step + self._total // 10
 
     def close(self) -> None:

@@ -257,7 +257,7 @@ def test_unpaired_means_need_unpaired_rows():
 
 def test_a_table_of_another_width_is_no_input_of_an_aligner(corpus, tmp_path):
     from sotalign_jax.models import Aligner
-    from sotalign_jax.training import embed_rows
+    from sotalign_jax.training import embed_chunks, embed_rows
 
     train(corpus.config(objective="sail", steps=10), tmp_path / "run", quiet=True)
     aligner = Aligner.load(tmp_path / "run" / "aligner")
@@ -269,5 +269,6 @@ def test_a_table_of_another_width_is_no_input_of_an_aligner(corpus, tmp_path):
     told = []
     parts = embed_rows(aligner, "text", table, chunk_size=50, progress=told.append)
     np.testing.assert_allclose(parts, whole, atol=1e-6)
-    assert told == [50, 100, 150, 160]
+    assert told == [50, 50, 50, 10]
+    assert [len(rows) for rows in embed_chunks(aligner, "text", table, chunk_size=150)] == [150, 10]
     np.testing.assert_allclose(np.linalg.norm(whole, axis=1), 1, atol=1e-5)
