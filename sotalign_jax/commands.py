@@ -14,7 +14,7 @@ from rich.table import Table
 
 from sotalign_jax import features, sweeps, training
 from sotalign_jax.config import Config, validate
-from sotalign_jax.features import FeatureTable, Pairs
+from sotalign_jax.features import Pairs
 from sotalign_jax.models import Aligner
 from sotalign_jax.training import distributed
 from sotalign_jax.training.evaluate import CHUNK, check_width
@@ -126,20 +126,19 @@ def embed(
     """
     console = console or make_console()
     aligner = load_aligner(workdir)
-    tables: dict[str, FeatureTable] = {}
-    if image is None and text is None:
-        pairs = _test_pairs(workdir)
-        tables = {"image": pairs.image, "text": pairs.text}
-    if image is not None:
-        tables["image"] = features.open_features(image, modality="image")
-    if text is not None:
-        tables["text"] = features.open_features(text, modality="text")
+    given = {s: path for s, path in (("image", image), ("text", text)) if path is not None}
     root = Path(out) if out is not None else Path(workdir) / "embeddings"
-    for side, table in tables.items():
+    for side in given or ("image", "text"):
         if (root / side).exists():
             raise ValueError(f"out: {root / side} exists; give another directory or remove it")
+    tables = {side: features.open_features(path, modality=side) for side, path in given.items()}
+    if not given:
+        pairs = _test_pairs(workdir)
+        tables = {"image": pairs.image, "text": pairs.text}
+    for side, table in tables.items():
         check_width(aligner, side, table)
-        features.check_finite(table)
+    for side in given:  # the run's own test pairs were checked as they were loaded
+        features.check_finite(tables[side])
     written = []
     for side, table in tables.items():
         target = root / side
@@ -252,7 +251,7 @@ def _test_pairs(workdir: str) -> Pairs:
         raise ValueError(
             f"workdir: {workdir} does not say which data it was trained on; give --image and --text"
         )
-    test = training.load_splits(validate(config)).test
+    test = training.load_test_pairs(validate(config))
     if test is None:
         raise ValueError(
             f"workdir: the run in {workdir} has no test pairs; give --image and --text"

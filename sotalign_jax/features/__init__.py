@@ -3,6 +3,7 @@
 from sotalign_jax.features.embedded import (
     emoji,
     emoji_metadata,
+    emoji_pairs,
     emoji_table,
     openclipart_metadata,
     openclipart_table,
@@ -30,6 +31,7 @@ __all__ = [
     "concat",
     "emoji",
     "emoji_metadata",
+    "emoji_pairs",
     "emoji_table",
     "join",
     "open_features",

@@ -13,7 +13,14 @@ import numpy as np
 from sotalign_jax.features.splits import Pairs, Splits
 from sotalign_jax.features.store import FeatureTable, Manifest, concat
 
-__all__ = ["emoji", "emoji_metadata", "emoji_table", "openclipart_metadata", "openclipart_table"]
+__all__ = [
+    "emoji",
+    "emoji_metadata",
+    "emoji_pairs",
+    "emoji_table",
+    "openclipart_metadata",
+    "openclipart_table",
+]
 
 EMOJI_IMAGES = ("google", "fluent3d")
 EMOJI_TEXTS = ("label_tags", "label")
@@ -129,6 +136,35 @@ def openclipart_metadata() -> dict[str, np.ndarray]:
     return dict(_columns("openclipart.csv"))
 
 
+def emoji_pairs(split: str, *, image: str = "google", text: str = "label_tags") -> Pairs:
+    """All pairs of one split of the emoji.
+
+    Args:
+        split: "train", "val" or "test".
+        image: drawings, "google" (default) or "fluent3d".
+        text: captions, "label_tags" (default) or "label".
+
+    Returns:
+        One-to-one pairs with ids.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    _one_of(split, ("train", "val", "test"), "split")
+    _one_of(image, EMOJI_IMAGES, "image")
+    _one_of(text, EMOJI_TEXTS, "text")
+    rows = np.flatnonzero(_columns("emoji.csv")["split"] == split)
+    return _emoji_pairs(rows, split, image, text)
+
+
+def _emoji_pairs(rows: np.ndarray, name: str, image: str, text: str) -> Pairs:
+    return Pairs(
+        emoji_table(image).select(rows, name=f"emoji {name} image"),
+        emoji_table(text).select(rows, name=f"emoji {name} text"),
+        np.arange(len(rows)),
+    )
+
+
 def emoji(
     *,
     n_pairs: int = 300,
@@ -163,21 +199,13 @@ def emoji(
     _one_of(image, EMOJI_IMAGES, "image")
     _one_of(text, EMOJI_TEXTS, "text")
     _one_of(unpaired, ("emoji", "openclipart"), "unpaired")
-    split = _columns("emoji.csv")["split"]
-    train = np.flatnonzero(split == "train")
+    train = np.flatnonzero(_columns("emoji.csv")["split"] == "train")
     if not 1 <= n_pairs <= len(train):
         raise ValueError(f"n_pairs: {n_pairs} asked, the train split has {len(train)} emoji")
     rng_pairs, rng_image, rng_text = (
         np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(3)
     )
     order = rng_pairs.permutation(train)
-
-    def pairs(rows: np.ndarray, name: str) -> Pairs:
-        return Pairs(
-            emoji_table(image).select(rows, name=f"emoji {name} image"),
-            emoji_table(text).select(rows, name=f"emoji {name} text"),
-            np.arange(len(rows)),
-        )
 
     if unpaired == "emoji":
         rest = order[n_pairs:]
@@ -186,15 +214,15 @@ def emoji(
     else:
         pool_image, pool_text = openclipart_table("image"), openclipart_table("text")
     return Splits(
-        pairs=pairs(order[:n_pairs], "pairs"),
+        pairs=_emoji_pairs(order[:n_pairs], "pairs", image, text),
         unpaired_image=pool_image.select(
             rng_image.permutation(len(pool_image)), name=f"{unpaired} unpaired image"
         ),
         unpaired_text=pool_text.select(
             rng_text.permutation(len(pool_text)), name=f"{unpaired} unpaired text"
         ),
-        val=pairs(np.flatnonzero(split == "val"), "val"),
-        test=pairs(np.flatnonzero(split == "test"), "test"),
+        val=emoji_pairs("val", image=image, text=text),
+        test=emoji_pairs("test", image=image, text=text),
         description=(
             f"{n_pairs} emoji ({image} drawings, {text} captions, seed {seed}), "
             f"unpaired from {unpaired}"

@@ -1,6 +1,6 @@
 """Training: objectives by name, the step, the loop and what it leaves on disk."""
 
-from sotalign_jax.training.data import fit_teacher, load_splits
+from sotalign_jax.training.data import fit_teacher, load_splits, load_test_pairs
 from sotalign_jax.training.evaluate import embed_chunks, embed_rows, evaluate
 from sotalign_jax.training.loop import init_aligner, train
 from sotalign_jax.training.objectives import DIVERGENCES, OBJECTIVES
@@ -14,5 +14,6 @@ __all__ = [
     "fit_teacher",
     "init_aligner",
     "load_splits",
+    "load_test_pairs",
     "train",
 ]

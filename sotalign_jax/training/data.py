@@ -20,7 +20,7 @@ from sotalign_jax.teachers import (
 )
 from sotalign_jax.teachers.moments import unit_rows64
 
-__all__ = ["fit_teacher", "load_splits"]
+__all__ = ["fit_teacher", "load_splits", "load_test_pairs"]
 
 _CHUNK = 8_192
 # Pairs a step of the contrastive teacher: all of the paper's 10,000.
@@ -61,6 +61,34 @@ def load_splits(config: Config) -> Splits:
             if held_out is not None:
                 features.check_finite(getattr(held_out, side))
     return splits
+
+
+def load_test_pairs(config: Config) -> Pairs | None:
+    """The test pairs of `load_splits`; nothing that belongs to the training rows is read.
+
+    Args:
+        config: a validated configuration.
+
+    Returns:
+        The pairs, every row of them known to be finite; None where the data has none.
+
+    Raises:
+        ValueError: a file that is missing or not features, tables that do not join, NaN or
+            infinite features.
+    """
+    data = config.data
+    if data.name == "emoji":
+        test = features.emoji_pairs("test", image=data.emoji.image, text=data.emoji.text)
+    elif data.name == "platonic":
+        # The sizes of the other parts change no row of this one.
+        sizes = {"n_pairs": 1, "n_unpaired": 0, "n_val": 0}
+        test = features.platonic_world(seed=config.seed, **data.platonic.to_dict() | sizes).test
+    else:
+        test = _held_out(data.files, "test")
+    if test is not None:
+        features.check_finite(test.image)
+        features.check_finite(test.text)
+    return test
 
 
 def _fewer_unpaired(splits: Splits, count: int) -> Splits:

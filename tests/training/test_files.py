@@ -1,14 +1,17 @@
 """Runs on files: stores, .npy and HDF5, joined by id, in all three modes; and what is refused."""
 
+import shutil
+
 import h5py
 import numpy as np
 import pytest
+from rich.console import Console
 from tiny_runs import tiny
 
-from sotalign_jax import features
+from sotalign_jax import commands, features
 from sotalign_jax.config import ConfigError, validate
 from sotalign_jax.features import FeatureTable, platonic_world
-from sotalign_jax.training import load_splits, train
+from sotalign_jax.training import load_splits, load_test_pairs, train
 from sotalign_jax.training.data import fit_teacher
 
 ITEMS = 160
@@ -144,6 +147,76 @@ def test_means_of_the_unpaired_rows(corpus):
         rows = getattr(splits, f"unpaired_{side}").array().astype(np.float64)
         expected = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).mean(0)
         np.testing.assert_allclose(getattr(teacher, f"{side}_mean"), expected, atol=1e-6)
+
+
+TEST = ("test_image", "test_text")
+
+
+def assert_same_pairs(found, expected):
+    for side in ("image", "text"):
+        table, other = getattr(found, side), getattr(expected, side)
+        np.testing.assert_array_equal(table.array(), other.array())
+        np.testing.assert_array_equal(table.ids, other.ids)
+        assert table.name == other.name
+    np.testing.assert_array_equal(found.text_to_image, expected.text_to_image)
+
+
+@pytest.mark.parametrize("name", ["emoji", "platonic", "files"])
+def test_the_test_pairs_alone_are_those_of_the_splits(corpus, name):
+    config = corpus.config(*TEST, data__name=name, seed=3)
+    config.data.emoji.image, config.data.emoji.text = "fluent3d", "label"
+    config.data.platonic.n_test = 1_500  # more than one block of the world
+    config.data.platonic.noise = 0.5
+    config = validate(config)
+    splits = load_splits(config)
+    assert_same_pairs(load_test_pairs(config), splits.test)
+
+
+def test_data_without_test_pairs_has_none(corpus):
+    assert load_test_pairs(validate(corpus.config())) is None
+    assert load_test_pairs(validate(tiny(data__platonic__n_test=0))) is None
+
+
+def test_a_wrong_test_set_is_named(corpus, tmp_path):
+    for config, message in (
+        (corpus.config("test_image"), r"config.data.files.test_image, test_text: give both"),
+        (
+            corpus.config("test_image", test_text="none.npy"),
+            r"config.data.files.test_text: none.npy: no such file",
+        ),
+        (
+            corpus.config("test_text", test_image=store(tmp_path / "bad", bad_rows(np.nan))),
+            r"ids: .* has ids and .*bad has none",
+        ),
+        (
+            corpus.config(
+                test_image=store(tmp_path / "nan", bad_rows(np.nan)),
+                test_text=store(tmp_path / "texts", ones(ITEMS, 192)),
+            ),
+            r"nan: 1 of 160 rows hold NaN or Inf",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_test_pairs(validate(config))
+
+
+def test_a_run_is_evaluated_and_embedded_without_its_training_rows(corpus, tmp_path):
+    names = ("image", "text", "unpaired_image", "unpaired_text", *TEST)
+    copies = {name: shutil.copy if name.startswith("un") else shutil.copytree for name in names}
+    paths = {name: tmp_path / corpus.paths[name].rpartition("/")[2] for name in names}
+    for name, copy in copies.items():
+        copy(corpus.paths[name], paths[name])
+    fields = {name: str(path) for name, path in paths.items()}
+    config = corpus.config(mode="independent", objective="sail", steps=10, **fields)
+    results = train(config, tmp_path / "run", quiet=True)
+    for name in ("image", "text"):
+        shutil.rmtree(paths[name])
+        paths[f"unpaired_{name}"].unlink()
+    console = Console(quiet=True)
+    scores = commands.evaluate(str(tmp_path / "run"), console=console)
+    assert scores == pytest.approx(results["test"], abs=1e-6)
+    image, text = commands.embed(str(tmp_path / "run"), console=console)
+    assert len(features.open_features(image)) == 30 and len(features.open_features(text)) == 60
 
 
 def store(path, rows, ids=None):
