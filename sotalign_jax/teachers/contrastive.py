@@ -164,7 +164,10 @@ def _train(
     schedule = optax.warmup_cosine_decay_schedule(
         learning_rate / warmup, learning_rate, warmup, max(steps, warmup + 1)
     )
-    optimizer = optax.lion(schedule, weight_decay=weight_decay)
+    # optax counts in integers and multiplies them with floats: a cast, where dtypes are strict.
+    optimizer = optax.lion(
+        lambda count: schedule(jnp.asarray(count, jnp.float32)), weight_decay=weight_decay
+    )
 
     def loss_of(parameters, image, text):
         image, text = image @ parameters["image_weight"], text @ parameters["text_weight"]

@@ -64,15 +64,16 @@ class OptimizerSettings:
     def schedule(self) -> optax.Schedule:
         """Learning rate of a step: linear warm-up to the peak, then a cosine to zero."""
         warmup = round(self.warmup * self.steps)
-        cosine = optax.cosine_decay_schedule(self.learning_rate, max(self.steps - warmup, 1))
-        if warmup == 0:
-            return cosine
+        rate = optax.cosine_decay_schedule(self.learning_rate, max(self.steps - warmup, 1))
+        if warmup > 0:
+            # (step + 1) / warmup: the first step already moves.
+            def rise(step):
+                return self.learning_rate * (step + 1) / warmup
 
-        # (step + 1) / warmup: the first step already moves.
-        def rise(step):
-            return self.learning_rate * (step + 1) / warmup
-
-        return optax.join_schedules([rise, cosine], [warmup])
+            rate = optax.join_schedules([rise, rate], [warmup])
+        # optax counts steps in integers and multiplies them with floats, which needs a cast where
+        # dtypes are strict.
+        return lambda step: rate(jnp.asarray(step, jnp.float32))
 
     def transformation(self) -> optax.GradientTransformation:
         """The optimiser with its schedule."""
