@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from sotalign_jax.features.store import FeatureTable
+
 __all__ = ["Batch", "Stream", "advance", "batch_rows", "first_order", "stream_batches"]
 
 
@@ -107,7 +109,8 @@ def stream_batches(
 ) -> Iterator[Batch]:
     """Batches of raw rows for the steps ``start .. stop - 1``, read ahead by background threads.
 
-    Draws exactly the rows that :func:`batch_rows` draws on device.
+    Draws exactly the rows that :func:`batch_rows` draws on device. A source that is taken whole is
+    read once: all batches share its rows, which cannot be written to.
 
     Args:
         tables: the sources, each a `FeatureTable`; the teacher's fields are ignored.
@@ -120,19 +123,32 @@ def stream_batches(
     Yields:
         A batch of float32 rows a step.
     """
+    if start >= stop:
+        return
     pairs, image, text = (_host_rows(stream, key) for stream in streams)
+    sources = [
+        _reader(tables.pairs_image, streams[0]),
+        _reader(tables.pairs_text, streams[0]),
+        _reader(tables.unpaired_image, streams[1]),
+        _reader(tables.unpaired_text, streams[2]),
+    ]
 
     def read(step: int) -> Batch:
         chosen = pairs(step)
-        return Batch(
-            tables.pairs_image.take(chosen),
-            tables.pairs_text.take(chosen),
-            tables.unpaired_image.take(image(step)),
-            tables.unpaired_text.take(text(step)),
-        )
+        wanted = (chosen, chosen, image(step), text(step))
+        return Batch(*(take(rows) for take, rows in zip(sources, wanted, strict=True)))
 
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     yield from grain.MapDataset.range(start, stop).map(read).to_iter_dataset(options)
+
+
+def _reader(table: FeatureTable, stream: Stream) -> Callable[[np.ndarray], np.ndarray]:
+    """How rows are had from a table: read as they are asked for, or all of them here and now."""
+    if not stream.whole:
+        return table.take
+    rows = table.array()
+    rows.setflags(write=False)
+    return lambda _: rows
 
 
 def _host_rows(stream: Stream, key: Array) -> Callable[[int], np.ndarray]:

@@ -1,6 +1,7 @@
 """Which rows a step reads: epochs, restarts, and the host against the device."""
 
 import functools
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -133,6 +134,36 @@ def test_a_source_no_larger_than_its_batch_is_read_whole_and_in_order(size):
     for batch in streamed_rows(streams, jax.random.key(0), 3, 5):
         np.testing.assert_array_equal(batch[0], range(6))
         assert len(batch[2]) == len(batch[3]) == 0
+
+
+class Counted:
+    """Rows that count how often each was read."""
+
+    def __init__(self, rows):
+        self.array = np.arange(rows, dtype=np.float32)[:, None]
+        self.shape, self.dtype = self.array.shape, self.array.dtype
+        self.reads = np.zeros(rows, int)
+        self.lock = threading.Lock()
+
+    def read(self, index):
+        with self.lock:
+            self.reads[index] += 1
+        return self.array[index].copy()
+
+
+def test_a_source_taken_whole_is_read_once():
+    sources = [Counted(rows) for rows in (6, 6, 10, 3)]
+    tables = Batch(*(FeatureTable([source]) for source in sources))
+    streams = (Stream.of(6, 8, 0), Stream.of(10, 5, 1), Stream.of(3, 3, 2))
+    batches = list(stream_batches(tables, streams, jax.random.key(0), 4, 12))
+    assert len(batches) == 8
+    for number in (0, 1, 3):
+        np.testing.assert_array_equal(sources[number].reads, 1)
+        for batch in batches:
+            np.testing.assert_array_equal(batch[number], sources[number].array)
+            assert not batch[number].flags.writeable
+    # Four epochs of two batches.
+    np.testing.assert_array_equal(sources[2].reads, 4)
 
 
 def test_every_row_is_drawn_equally_often_at_every_place():
