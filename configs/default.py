@@ -24,7 +24,8 @@ def get_config(arg=None):
     config.data.n_unpaired = 0  # a side; 0: all there are, platonic: 20,000 (paper: 1e4 .. 1e6)
     config.data.resident = "auto"  # all rows on device: auto | always | never (stream from disk)
     config.data.resident_gib = 8.0  # what "auto" may use of the device, in GiB
-    # Any format that `sotalign inspect` opens. Rows join by id wherever both sides have ids.
+    # Any format that `sotalign inspect` opens; FILE:KEY names one array of a .npz, .h5 or
+    # .safetensors file, as in "coco.npz:image". Rows join by id wherever both sides have ids.
     config.data.files.image = ""  # the paired corpus, images
     config.data.files.text = ""  # the paired corpus, texts
     config.data.files.on = "auto"  # join by: ids | rows | auto (ids where both sides have them)

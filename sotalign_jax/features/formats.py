@@ -6,6 +6,9 @@ directory with img_emb/, text_emb/   clip-retrieval
 .npz                                 one of its arrays, ids from an array `ids`
 .h5, .hdf5                           data set `embeddings`, ids from a data set `ids`
 .safetensors                         one of its tensors, memory-mapped
+
+Where a file holds several arrays, ``FILE:KEY`` names one of them, as in ``features.npz:image`` or
+``features.h5:clip/text``.
 """
 
 import json
@@ -39,6 +42,8 @@ SAFETENSORS_DTYPES = {
     "F64": np.dtype(np.float64),
 }
 CLIP_FOLDERS = {"image": "img_emb", "text": "text_emb"}
+# A colon after one of these suffixes begins a key; those of drive letters and of URLs do not.
+KEYED = re.compile(r"\.(npz|h5|hdf5|safetensors|npy)(?=:)", re.IGNORECASE)
 
 
 def open_features(
@@ -57,19 +62,22 @@ def open_features(
     the rows have no ids and join by row order, as that layout means them.
 
     Args:
-        path: a file or directory.
+        path: a file or directory; ``FILE:KEY`` for one array of a ``.npz``, ``.h5`` or
+            ``.safetensors`` file, unless a file of that whole name exists.
         modality: "image" or "text"; needed by the clip-retrieval layout, ignored by the others.
-        key: name of the array in a ``.npz``, ``.h5`` or ``.safetensors`` file; by default
-            ``embeddings`` in HDF5 and the only 2-d floating array in the others.
+        key: the same name given for itself, with a path that is then taken as it stands. By
+            default ``embeddings`` in HDF5 and the only 2-d floating array in the others.
 
     Returns:
-        The rows, under the name of the path.
+        The rows, under the name of the path, with the key where there is one.
 
     Raises:
         MissingFileError: no such file or directory.
         ValueError: an unknown format, an unreadable file, no or several arrays to choose from,
             or an array that is not 2-d and floating. The message names the path.
     """
+    if key is None:
+        path, key = _split_key(os.fspath(path))
     path = pathlib.Path(path)
     if not path.exists():
         raise MissingFileError(f"{path}: no such file or directory")
@@ -87,7 +95,7 @@ def open_features(
     if suffix == ".npz":
         return _open_npz(path, key)
     if suffix in (".h5", ".hdf5"):
-        return _open_hdf5(path, "embeddings" if key is None else key)
+        return _open_hdf5(path, key)
     if suffix == ".safetensors":
         return _open_safetensors(path, key)
     raise ValueError(
@@ -96,15 +104,22 @@ def open_features(
     )
 
 
+def _split_key(path: str) -> tuple[str, str | None]:
+    """File and key of ``FILE:KEY``; the path as it is, and None, if it names no key."""
+    splits = [(path[: m.end()], path[m.end() + 1 :]) for m in KEYED.finditer(path)]
+    if not splits or os.path.exists(path):
+        return path, None
+    # Names of files may hold colons, and so may keys: the longest name that exists is the file.
+    return next((s for s in reversed(splits) if os.path.exists(s[0])), splits[0])
+
+
 def _choose(path: pathlib.Path, key: str | None, names: Iterable[str], fitting: list[str]) -> str:
     """The array to open: `key` if it exists, else the only fitting one, else an error."""
     listed = ", ".join(sorted(names)) or "none"
     if key is None:
         if len(fitting) != 1:
-            count = "several" if fitting else "no"
-            raise ValueError(
-                f"{path}: {count} 2-d floating arrays, choose one with key; it holds: {listed}"
-            )
+            count, hint = ("several", f", give one as {path}:KEY") if fitting else ("no", "")
+            raise ValueError(f"{path}: {count} 2-d floating arrays{hint}; it holds: {listed}")
         return fitting[0]
     if key not in names:
         raise ValueError(f"{path}: no array {key!r}; it holds: {listed}")
@@ -154,7 +169,7 @@ class _Hdf5Rows:
         return out[place]
 
 
-def _open_hdf5(path: pathlib.Path, key: str) -> FeatureTable:
+def _open_hdf5(path: pathlib.Path, key: str | None) -> FeatureTable:
     import h5py
 
     try:
@@ -162,8 +177,13 @@ def _open_hdf5(path: pathlib.Path, key: str) -> FeatureTable:
     except OSError as error:
         raise ValueError(f"{path}: not a readable HDF5 file ({error})") from None
     # The file stays open as long as one of its data sets is held.
-    if not isinstance(dataset := file.get(key), h5py.Dataset):
-        raise ValueError(f"{path}: no data set {key!r}; it holds: {', '.join(file) or 'none'}")
+    hint = f"; give one as {path}:KEY" if key is None else ""
+    key = "embeddings" if key is None else key
+    if not key or not isinstance(dataset := file.get(key), h5py.Dataset):
+        names: list[str] = []
+        file.visit(names.append)
+        held = ", ".join(n for n in names if isinstance(file.get(n), h5py.Dataset)) or "none"
+        raise ValueError(f"{path}: no data set {key!r}; it holds: {held}{hint}")
     rows = _Hdf5Rows(dataset, f"{path}:{key}")
     ids = None
     if isinstance(stored := file.get("ids"), h5py.Dataset):

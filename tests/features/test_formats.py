@@ -50,7 +50,7 @@ def test_npz(values, tmp_path):
 
     np.savez_compressed(tmp_path / "two.npz", image=values, text=-values)
     np.testing.assert_array_equal(open_features(tmp_path / "two.npz", key="text").array(), -values)
-    with pytest.raises(ValueError, match=r"two.npz: several .* key; it holds: image, text"):
+    with pytest.raises(ValueError, match=r"several .* as .*two.npz:KEY; it holds: image, text"):
         open_features(tmp_path / "two.npz")
     with pytest.raises(ValueError, match=r"two.npz: no array 'audio'; it holds: image, text"):
         open_features(tmp_path / "two.npz", key="audio")
@@ -59,6 +59,82 @@ def test_npz(values, tmp_path):
         open_features(tmp_path / "none.npz")
     with pytest.raises(ValueError, match=r"none.npz:labels: features are 2-d"):
         open_features(tmp_path / "none.npz", key="labels")
+
+
+@pytest.fixture
+def several(values, tmp_path):
+    """The same two arrays, and ids, in each format that names its arrays."""
+    arrays = {"image": values, "text:v2": -values}
+    ids = np.array([f"r{i}" for i in range(23)])
+    np.savez(tmp_path / "a.npz", **arrays, ids=ids)
+    safetensors.save_file(arrays, tmp_path / "a.safetensors")
+    with h5py.File(tmp_path / "a.H5", "w") as file:
+        for name, array in arrays.items():
+            file[name] = array
+        file["deep/er"] = 2 * values
+        file["ids"] = ids.tolist()
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.safetensors", "a.H5"])
+def test_a_path_may_name_one_array_of_several(values, several, name, monkeypatch):
+    for key, expected in (("image", values), ("text:v2", -values)):
+        path = f"{several / name}:{key}"
+        table = open_features(path)
+        np.testing.assert_array_equal(table.array(), expected)
+        assert table.name == path  # and can be opened by it
+        assert (table.ids is None) == (name == "a.safetensors")
+    np.testing.assert_array_equal(open_features(several / f"{name}:image").array(), values)
+    monkeypatch.chdir(several)
+    np.testing.assert_array_equal(open_features(f"{name}:image").array(), values)
+    held = "it holds: .*image, .*text:v2"
+    for key in ("audio", "", "image:"):
+        with pytest.raises(ValueError, match=rf"{name}: no .* '{key}'; {held}$"):
+            open_features(f"{name}:{key}")
+    with pytest.raises(ValueError, match=held) as caught:
+        open_features(name)
+    assert f"give one as {name}:KEY" in str(caught.value)
+
+
+def test_a_path_may_name_a_data_set_in_a_group(values, several):
+    table = open_features(several / "a.H5:deep/er")
+    np.testing.assert_array_equal(table.array(), 2 * values)
+    for key in ("deep", "er"):
+        message = f"no data set '{key}'; it holds: deep/er, ids, image, text:v2$"
+        with pytest.raises(ValueError, match=message):
+            open_features(several / f"a.H5:{key}")
+
+
+def test_a_file_whose_name_holds_a_colon_is_that_file(values, several):
+    write_store(several / "a.npz:text:v2", 3 * values, dtype="float32")
+    np.testing.assert_array_equal(open_features(several / "a.npz:text:v2").array(), 3 * values)
+    np.savez(several / "b:c.npz:d.npz", image=values, text=-values)
+    path = several / "b:c.npz:d.npz:text"
+    np.testing.assert_array_equal(open_features(path).array(), -values)
+    np.save(several / "e:f.npy", values)
+    np.testing.assert_array_equal(open_features(several / "e:f.npy").array(), values)
+    # A key of its own leaves the path as it stands.
+    with pytest.raises(MissingFileError, match=r"a.npz:text: no such file"):
+        open_features(several / "a.npz:text", key="image")
+
+
+def test_a_colon_elsewhere_is_no_key(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "C").mkdir()
+    for path, missing in (
+        (r"C:\data\a.npz", r"C:\data\a.npz"),
+        (r"C:\data\a.npz:image", r"C:\data\a.npz"),
+        ("gs://bucket/a.npz", "gs:/bucket/a.npz"),
+        ("gs://bucket/a.npz:image", "gs:/bucket/a.npz"),
+        ("store:image", "store:image"),
+        ("a.npz:b.npz:image", "a.npz"),
+    ):
+        with pytest.raises(MissingFileError) as caught:
+            open_features(path)
+        assert str(caught.value) == f"{missing}: no such file or directory"
+    np.save(tmp_path / "a.npy", np.ones((2, 2), np.float32))
+    with pytest.raises(ValueError, match=r"key: a.npy has no named arrays to choose 'image' from"):
+        open_features("a.npy:image")
 
 
 @pytest.mark.parametrize("chunks", [None, (4, 5)])

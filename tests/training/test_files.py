@@ -132,6 +132,19 @@ def test_validation_is_split_off_rows_without_ids(corpus):
     )
 
 
+def test_paths_may_name_one_array_of_several(corpus, tmp_path):
+    np.savez(tmp_path / "both.npz", image=corpus.image, text=corpus.text)
+    image, text = (f"{tmp_path / 'both.npz'}:{name}" for name in ("image", "text"))
+    splits = load_splits(validate(corpus.config(image=image, text=text)))
+    np.testing.assert_array_equal(
+        true_rows(splits.pairs.image, corpus.image), true_rows(splits.pairs.text, corpus.text)
+    )
+    wrong = validate(corpus.config(image=image, text=str(tmp_path / "both.npz")))
+    message = r"config.data.files.text: .*both.npz: several .*both.npz:KEY; it holds: image, text$"
+    with pytest.raises(ConfigError, match=message):
+        load_splits(wrong)
+
+
 def test_validation_files(corpus):
     splits = load_splits(validate(corpus.config("val_image", "val_text")))
     assert splits.val is not None and len(splits.val) == 20 and splits.val.one_to_one
