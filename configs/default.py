@@ -95,6 +95,9 @@ def get_config(arg=None):
     config.optimizer.b2 = 0.99
     config.optimizer.warmup = 0.1  # fraction of the steps; then a cosine to zero
 
+    # ---- devices. A run may go on with another number of them.
+    config.mesh.devices = 0  # rows are spread over this many; 0: all of all processes
+
     # ---- rhythm, in steps
     config.log_every = 10  # steps of one dispatch, and of one line in metrics.jsonl
     config.eval_every = 100  # 0: only at the end

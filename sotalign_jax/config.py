@@ -110,6 +110,9 @@ def default_config() -> Config:
     config.optimizer.b2 = 0.99
     config.optimizer.warmup = 0.1
 
+    config.mesh = ml_collections.ConfigDict()
+    config.mesh.devices = 0
+
     config.log_every = 10
     config.eval_every = 100
     config.checkpoint_every = 100
@@ -174,6 +177,7 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     "seed",
     "data.n_unpaired",
+    "mesh.devices",
     "data.files.n_val",
     "data.platonic.noise",
     "teacher.dim",

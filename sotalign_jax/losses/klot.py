@@ -117,7 +117,7 @@ def klot(
     """
     check_same_rows(image, text, teacher_image, teacher_text)
     shape = (jnp.shape(image)[0], jnp.shape(text)[0])
-    block = _block_of(memory, memory_gib, *shape)
+    block = dense_or_block(memory, memory_gib, *shape)
     image, text = unit_rows(image), unit_rows(text)
     if axis_name is not None:
         # Each device has its share of the gradient of the texts: the transpose adds them up.
@@ -204,8 +204,8 @@ def klot_from_affinity(
     )
 
 
-def _block_of(memory: str, memory_gib: float, n: int, m: int) -> int:
-    """Rows of a streamed block, or 0 for the dense form."""
+def dense_or_block(memory: str, memory_gib: float, n: int, m: int) -> int:
+    """Rows of a streamed block, or 0 for the dense form; see `klot` for ``memory``."""
     if memory not in ("dense", "streamed", "auto"):
         raise ValueError(f"memory must be 'dense', 'streamed' or 'auto', got {memory!r}")
     if not memory_gib > 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import time
@@ -21,6 +22,7 @@ from sotalign_jax.models import Aligner, LayerConfig
 from sotalign_jax.teachers import LinearTeacher
 from sotalign_jax.training.checkpoints import Checkpoints
 from sotalign_jax.training.data import fit_teacher, load_splits
+from sotalign_jax.training.devices import AXIS, make_mesh, place_batch, place_table, replicate
 from sotalign_jax.training.distributed import Preempted, PreemptionWatch
 from sotalign_jax.training.evaluate import evaluate
 from sotalign_jax.training.metrics import MetricWriter, ProgressBar, make_console, make_sinks
@@ -115,10 +117,12 @@ def _train(
     _check_splits(config, splits, setup.loss)
     home.start(config)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    mesh = setup.mesh
+    state, rest, teacher, key = replicate((state, rest, teacher, key), mesh)
     tables = _raw_tables(splits, unpaired=setup.loss.unpaired)
     resident = _fits(config, tables, teacher)
     if resident:
-        raw = Batch(*(None if table is None else table.array() for table in tables))
+        raw = Batch(*(place_table(table, mesh) for table in tables))
         tables = jax.jit(prepare, static_argnums=0)(setup, state.params, rest, teacher, raw)
         del raw
 
@@ -207,16 +211,17 @@ def build(config: Config, splits: Splits, teacher: LinearTeacher) -> tuple[Setup
     loss = LossSettings.from_config(config)
     unpaired = (splits.unpaired_image, splits.unpaired_text)
     images, texts = (len(table) if loss.unpaired else 0 for table in unpaired)
-    setup = Setup(
-        graph=graph,
-        loss=loss,
-        optimizer=OptimizerSettings.from_config(config),
-        streams=(
-            Stream.of(len(splits.pairs), config.batch.pairs, 0),
-            Stream.of(images, config.batch.unpaired, 1),
-            Stream.of(texts, config.batch.unpaired, 2),
-        ),
+    streams = (
+        Stream.of(len(splits.pairs), config.batch.pairs, 0),
+        Stream.of(images, config.batch.unpaired, 1),
+        Stream.of(texts, config.batch.unpaired, 2),
     )
+    mesh = make_mesh(config)
+    if mesh is not None:
+        loss = dataclasses.replace(
+            loss, axis_name=AXIS, sizes=tuple(stream.size for stream in streams)
+        )
+    setup = Setup(graph, loss, OptimizerSettings.from_config(config), streams, mesh)
     return setup, init_state(setup, params), rest
 
 
@@ -285,7 +290,7 @@ def _dispatch_streamed(
     collected = []
     batches = stream_batches(tables, setup.streams, key, start, config.steps)
     for step, raw in enumerate(batches, start + 1):
-        state, metrics = run_streamed(setup, state, rest, teacher, raw)
+        state, metrics = run_streamed(setup, state, rest, teacher, place_batch(raw, setup.mesh))
         collected.append(metrics)
         if step % config.log_every == 0 or step == config.steps:
             yield state, step, jax.tree.map(lambda *leaves: np.stack(leaves), *collected)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from sotalign_jax import losses
 from sotalign_jax.config import Config
 from sotalign_jax.features.batches import Batch
+from sotalign_jax.losses.klot import dense_or_block
 from sotalign_jax.models import Aligner
 
 __all__ = ["DIVERGENCES", "OBJECTIVES", "LossSettings"]
@@ -35,6 +36,10 @@ class LossSettings:
     memory: Literal["auto", "dense", "streamed"]
     memory_gib: float
     normalization: Literal["mean", "rows"]
+    # Not of the configuration: where the rows of a batch are spread over devices, the axis of the
+    # mesh, and how many pairs, unpaired images and unpaired texts a batch has before padding.
+    axis_name: str | None = None
+    sizes: tuple[int, int, int] = (0, 0, 0)
 
     @classmethod
     def from_config(cls, config: Config) -> LossSettings:
@@ -69,17 +74,45 @@ class LossSettings:
         return 0.5 * (1.0 / (pairs + images) + 1.0 / (pairs + texts))
 
 
+def _whole(rows: Array, settings: LossSettings) -> Array:
+    """All rows of a batch, of which each device has a share."""
+    if settings.axis_name is None:
+        return rows
+    return jax.lax.all_gather(rows, settings.axis_name, tiled=True)
+
+
+def _counts(local: Array, size: int, settings: LossSettings) -> tuple[Any, Any]:
+    """Which of this device's rows, and which of all rows, are not padding; None without a mesh."""
+    if settings.axis_name is None:
+        return None, None
+    rows, devices = local.shape[0], jax.lax.axis_size(settings.axis_name)
+    here = jax.lax.axis_index(settings.axis_name) * rows + jnp.arange(rows, dtype=jnp.int32)
+    return here < size, jnp.arange(rows * devices) < size
+
+
+def _block(rows: int, columns: int, settings: LossSettings) -> int | None:
+    """Rows of SigLIP's logits to hold at once; None for all of them."""
+    return dense_or_block(settings.memory, settings.memory_gib, rows, columns) or None
+
+
 def _klot(image, text, batch: Batch, settings: LossSettings) -> tuple[Array, Metrics]:
+    mask, _ = _counts(image, settings.sizes[1], settings)
+    _, text_mask = _counts(text, settings.sizes[2], settings)
     value, info = losses.klot(
         image,
-        text,
+        _whole(text, settings),
         batch.teacher_image,
-        batch.teacher_text,
+        _whole(batch.teacher_text, settings),
         epsilon=settings.epsilon,
         teacher_epsilon=settings.teacher_epsilon,
+        a=None if mask is None else mask / jnp.float32(settings.sizes[1]),
+        b=None if text_mask is None else text_mask / jnp.float32(settings.sizes[2]),
         threshold=settings.threshold,
         max_iterations=settings.max_iterations,
         iterations=settings.iterations or None,
+        memory=settings.memory,
+        memory_gib=settings.memory_gib,
+        axis_name=settings.axis_name,
     )
     return value, {
         "train/klot": value,
@@ -117,32 +150,49 @@ DIVERGENCES: dict[str, Callable[..., tuple[Array, Metrics]]] = {
 
 def sail(aligner: Aligner, batch: Batch, settings: LossSettings) -> tuple[Array, Metrics]:
     """SigLIP on the pairs alone: the supervised baseline (SAIL, CVPR 2025)."""
+    image = aligner.project_image(batch.pairs_image)
+    text = _whole(aligner.project_text(batch.pairs_text), settings)
+    image_mask, text_mask = _counts(image, settings.sizes[0], settings)
     value = losses.siglip(
-        aligner.project_image(batch.pairs_image),
-        aligner.project_text(batch.pairs_text),
+        image,
+        text,
         scale=aligner.scale,
         bias=aligner.bias[...],
         normalization=settings.normalization,
+        image_mask=image_mask,
+        text_mask=text_mask,
+        block=_block(image.shape[0], text.shape[0], settings),
+        axis_name=settings.axis_name,
     )
     return value, {"train/siglip": value}
 
 
 def sail_semi(aligner: Aligner, batch: Batch, settings: LossSettings) -> tuple[Array, Metrics]:
     """SAIL with the unpaired rows as further negatives, averaged over both sides."""
-    image = aligner.project_image(batch.pairs_image)
-    text = aligner.project_text(batch.pairs_text)
-    more_image = aligner.project_image(batch.unpaired_image)
-    more_text = aligner.project_text(batch.unpaired_text)
-    siglip = functools.partial(
-        losses.siglip,
-        scale=aligner.scale,
-        bias=aligner.bias[...],
-        normalization=settings.normalization,
+    pairs = (aligner.project_image(batch.pairs_image), aligner.project_text(batch.pairs_text))
+    more = (
+        aligner.project_image(batch.unpaired_image),
+        aligner.project_text(batch.unpaired_text),
     )
-    value = 0.5 * (
-        siglip(image, jnp.concatenate([text, more_text]))
-        + siglip(jnp.concatenate([image, more_image]), text)
-    )
+    mask, whole_mask = _counts(pairs[0], settings.sizes[0], settings)
+
+    def against(side: int, other: int) -> Array:
+        """The pairs of one side against the pairs and the unpaired rows of the other."""
+        others = jnp.concatenate([_whole(pairs[other], settings), _whole(more[other], settings)])
+        _, more_mask = _counts(more[other], settings.sizes[1 + other], settings)
+        return losses.siglip(
+            pairs[side],
+            others,
+            scale=aligner.scale,
+            bias=aligner.bias[...],
+            normalization=settings.normalization,
+            image_mask=mask,
+            text_mask=None if mask is None else jnp.concatenate([whole_mask, more_mask]),
+            block=_block(pairs[side].shape[0], others.shape[0], settings),
+            axis_name=settings.axis_name,
+        )
+
+    value = 0.5 * (against(0, 1) + against(1, 0))
     return value, {"train/siglip": value}
 
 

@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int
 
 from sotalign_jax.config import Config
 from sotalign_jax.features.batches import Batch, Stream, advance, batch_rows, first_order
 from sotalign_jax.models import Aligner
 from sotalign_jax.teachers import LinearTeacher
+from sotalign_jax.training.devices import AXIS, take_rows
 from sotalign_jax.training.objectives import OBJECTIVES, LossSettings, Metrics
 
 __all__ = [
@@ -90,12 +92,21 @@ class Setup:
         loss: the objective.
         optimizer: the optimiser.
         streams: how pairs, unpaired images and unpaired texts are read.
+        mesh: over which rows are spread; None on one device.
     """
 
     graph: nnx.GraphDef
     loss: LossSettings
     optimizer: OptimizerSettings
     streams: tuple[Stream, Stream, Stream]
+    mesh: Mesh | None = None
+
+    def spread(self, function, row_arguments: tuple[bool, ...]):
+        """``function`` on each device's rows of some arguments; its outcome is the same on all."""
+        if self.mesh is None:
+            return function
+        specs = tuple(PartitionSpec(AXIS) if rows else PartitionSpec() for rows in row_arguments)
+        return jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=PartitionSpec())
 
 
 class TrainState(NamedTuple):
@@ -173,6 +184,14 @@ def run_resident(
     Returns:
         The state after ``length`` steps, and the metrics of each of them, stacked.
     """
+    steps = setup.spread(functools.partial(_steps, setup, length), (False, False, True, False))
+    return steps(state, rest, tables, key)
+
+
+def _steps(
+    setup: Setup, length: int, state: TrainState, rest: Variables, tables: Batch, key: Array
+) -> tuple[TrainState, Metrics]:
+    """`run_resident` on the rows that this device has of each table."""
     pairs, image, text = setup.streams
 
     def one(carry, _):
@@ -189,7 +208,9 @@ def run_resident(
         def take(table, stream: Stream):
             if table is None or stream.whole:
                 return table
-            return jnp.take(table, rows[stream.number], axis=0)
+            if setup.mesh is None:
+                return jnp.take(table, rows[stream.number], axis=0)
+            return take_rows(table, rows[stream.number])
 
         batch = Batch(
             take(tables.pairs_image, pairs),
@@ -212,4 +233,8 @@ def run_streamed(
     setup: Setup, state: TrainState, rest: Variables, teacher: LinearTeacher, raw: Batch
 ) -> tuple[TrainState, Metrics]:
     """One step on a batch of raw rows that came from the host."""
-    return _step(setup, state, rest, prepare(setup, state.params, rest, teacher, raw))
+
+    def step(state, rest, teacher, raw):
+        return _step(setup, state, rest, prepare(setup, state.params, rest, teacher, raw))
+
+    return setup.spread(step, (False, False, False, True))(state, rest, teacher, raw)

@@ -36,7 +36,7 @@ _PACKAGES = (
 
 
 # Fields that say what is compared or watched, and change no run: they may differ on a restart.
-_NO_MATTER = ("compare.", "metrics.")
+_NO_MATTER = ("compare.", "metrics.", "mesh.")
 
 
 class Workdir:

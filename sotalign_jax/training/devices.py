@@ -1,0 +1,135 @@
+"""Where the rows of a run lie: on one device, or spread over a mesh of them.
+
+Rows of features, and of a batch, are spread over the one axis of the mesh; parameters are the same
+on every device. What travels in a step are the rows of the batch, once to where they are worked on;
+the embeddings of its texts, once to every device; column vectors of Sinkhorn; and gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from sotalign_jax.config import Config, ConfigError
+from sotalign_jax.features import FeatureTable
+
+__all__ = [
+    "AXIS",
+    "make_mesh",
+    "padded",
+    "place",
+    "place_batch",
+    "place_table",
+    "replicate",
+    "take_rows",
+]
+
+AXIS = "rows"
+
+
+def make_mesh(config: Config) -> Mesh | None:
+    """The mesh of a run; None on one device, where nothing is spread.
+
+    Raises:
+        ConfigError: more devices asked than there are, or fewer than several processes have.
+    """
+    devices = jax.devices()
+    count = config.mesh.devices or len(devices)
+    if count > len(devices):
+        raise ConfigError(
+            f"config.mesh.devices: {count} asked, but there are {len(devices)}; 0 takes all"
+        )
+    if jax.process_count() > 1 and count < len(devices):
+        raise ConfigError(
+            f"config.mesh.devices: {count} asked, but the {jax.process_count()} processes have "
+            f"{len(devices)}, and each must take part; 0 takes all"
+        )
+    if count == 1:
+        return None
+    # Auto: ott cannot take explicit axes, the default of make_mesh.
+    return jax.make_mesh((count,), (AXIS,), (AxisType.Auto,), devices=devices[:count])
+
+
+def padded(rows: int, mesh: Mesh | None) -> int:
+    """The number of rows that, with padding, every device has an equal share of."""
+    return rows if mesh is None else -(-rows // mesh.size) * mesh.size
+
+
+def place(read: Callable[[slice], np.ndarray], rows: int, dim: int, mesh: Mesh) -> Array:
+    """Rows spread over the mesh, each process reading those of its own devices.
+
+    Args:
+        read: float32 rows of a slice.
+        rows: how many there are; zeros follow up to `padded`.
+        dim: columns.
+        mesh: where to.
+
+    Returns:
+        ``(padded(rows), dim)`` float32.
+    """
+
+    def part(index: Any) -> np.ndarray:
+        start, stop, _ = index[0].indices(padded(rows, mesh))
+        out = np.zeros((stop - start, dim), np.float32)
+        if start < rows:
+            out[: min(stop, rows) - start] = read(slice(start, min(stop, rows)))
+        return out
+
+    sharding = NamedSharding(mesh, PartitionSpec(AXIS))
+    return jax.make_array_from_callback((padded(rows, mesh), dim), sharding, part)
+
+
+def place_table(table: FeatureTable | None, mesh: Mesh | None) -> Any:
+    """All rows of a table on the device, or spread over the mesh."""
+    if table is None:
+        return None
+    return table.array() if mesh is None else place(table.read, len(table), table.dim, mesh)
+
+
+def place_batch(batch: Any, mesh: Mesh | None) -> Any:
+    """A pytree of host rows on the device, or spread over the mesh."""
+    if mesh is None:
+        return batch
+    return jax.tree.map(lambda x: place(x.__getitem__, x.shape[0], x.shape[1], mesh), batch)
+
+
+def replicate(tree: Any, mesh: Mesh | None) -> Any:
+    """A pytree of arrays that every process has, the same on every device of the mesh."""
+    if mesh is None:
+        return tree
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def put(leaf):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            data = jax.device_put(np.asarray(jax.random.key_data(leaf)), everywhere)
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        return jax.device_put(np.asarray(leaf), everywhere)
+
+    return jax.tree.map(put, tree)
+
+
+def take_rows(local: Float[Array, "k d"], rows: Int[Array, " b"]) -> Float[Array, "c d"]:
+    """Inside ``shard_map``: this device's share of some rows of a spread table.
+
+    Every device gives the rows that it has, and zeros for the others; their sum, exact because all
+    but one term is zero, is left where it is needed.
+
+    Args:
+        local: this device's rows of the table.
+        rows: numbers of rows of the whole table, the same on every device.
+
+    Returns:
+        This device's share of those rows, zeros after the last of them.
+    """
+    devices = jax.lax.axis_size(AXIS)
+    rows = jnp.pad(rows, (0, -len(rows) % devices), constant_values=-1)
+    here = rows - jax.lax.axis_index(AXIS) * local.shape[0]
+    mine = (rows >= 0) & (here >= 0) & (here < local.shape[0])
+    given = jnp.where(mine[:, None], local[jnp.clip(here, 0, local.shape[0] - 1)], 0.0)
+    return jax.lax.psum_scatter(given, AXIS, tiled=True)
