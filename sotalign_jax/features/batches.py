@@ -105,6 +105,7 @@ def stream_batches(
     start: int,
     stop: int,
     *,
+    shares: tuple[slice, slice, slice] = (slice(None), slice(None), slice(None)),
     threads: int = 4,
 ) -> Iterator[Batch]:
     """Batches of raw rows for the steps ``start .. stop - 1``, read ahead by background threads.
@@ -118,6 +119,8 @@ def stream_batches(
         key: the run's data key.
         start: first step.
         stop: one past the last step.
+        shares: which rows of a batch of each stream are wanted; all by default. Nothing else is
+            read.
         threads: reader threads, and batches held ready.
 
     Yields:
@@ -127,10 +130,10 @@ def stream_batches(
         return
     pairs, image, text = (_host_rows(stream, key) for stream in streams)
     sources = [
-        _reader(tables.pairs_image, streams[0]),
-        _reader(tables.pairs_text, streams[0]),
-        _reader(tables.unpaired_image, streams[1]),
-        _reader(tables.unpaired_text, streams[2]),
+        _reader(tables.pairs_image, streams[0], shares[0]),
+        _reader(tables.pairs_text, streams[0], shares[0]),
+        _reader(tables.unpaired_image, streams[1], shares[1]),
+        _reader(tables.unpaired_text, streams[2], shares[2]),
     ]
 
     def read(step: int) -> Batch:
@@ -142,11 +145,13 @@ def stream_batches(
     yield from grain.MapDataset.range(start, stop).map(read).to_iter_dataset(options)
 
 
-def _reader(table: FeatureTable, stream: Stream) -> Callable[[np.ndarray], np.ndarray]:
-    """How rows are had from a table: read as they are asked for, or all of them here and now."""
+def _reader(
+    table: FeatureTable, stream: Stream, share: slice
+) -> Callable[[np.ndarray], np.ndarray]:
+    """How a share of chosen rows is had: read as it is asked for, or all of it here and now."""
     if not stream.whole:
-        return table.take
-    rows = table.array()
+        return lambda chosen: table.take(chosen[share])
+    rows = table.read(share)
     rows.setflags(write=False)
     return lambda _: rows
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
+import jax
 import numpy as np
 
 from sotalign_jax import features
@@ -18,11 +20,14 @@ from sotalign_jax.teachers import (
     procrustes,
     recentered,
 )
-from sotalign_jax.teachers.moments import unit_rows64
+from sotalign_jax.teachers.moments import empty_moments, merge_moments, unit_rows64
+from sotalign_jax.training.distributed import broadcast
 
 __all__ = ["fit_teacher", "load_splits", "load_test_pairs"]
 
 _CHUNK = 8_192
+# Parts of the pairs that different processes may read; more would only be more to exchange.
+_PARTS = 16
 # Pairs a step of the contrastive teacher: all of the paper's 10,000.
 _CONTRASTIVE_BATCH = 10_000
 
@@ -245,8 +250,24 @@ def fit_teacher(config: Config, splits: Splits) -> LinearTeacher:
 
 
 def _pair_moments(splits: Splits) -> Moments:
-    pairs = splits.pairs
-    return moments_of(zip(pairs.image.chunks(_CHUNK), pairs.text.chunks(_CHUNK), strict=True))
+    """Moments of the pairs, of which each of several processes reads a part.
+
+    The parts, and the order in which they are added up, do not depend on the number of processes.
+    """
+    image, text = splits.pairs.image, splits.pairs.text
+    total = empty_moments(image.dim, text.dim)
+    parts = min(_PARTS, -(-len(image) // _CHUNK))
+    bounds = [len(image) * part // parts for part in range(parts + 1)]
+    for part, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        owner = part % jax.process_count()
+        moments = empty_moments(image.dim, text.dim)
+        if owner == jax.process_index():
+            rows = np.arange(start, stop)
+            chunks = (table.select(rows).chunks(_CHUNK) for table in (image, text))
+            moments = moments_of(zip(*chunks, strict=True))
+        count, *rest = broadcast([np.asarray(moments.count), *moments[1:]], owner)
+        total = merge_moments(total, Moments(int(count), *rest))
+    return total
 
 
 def _unit_mean(table: FeatureTable) -> np.ndarray:

@@ -18,15 +18,18 @@ from jaxtyping import Array, Float, Int
 
 from sotalign_jax.config import Config, ConfigError
 from sotalign_jax.features import FeatureTable
+from sotalign_jax.features.batches import Batch
 
 __all__ = [
     "AXIS",
+    "local_copy",
     "make_mesh",
     "padded",
     "place",
     "place_batch",
     "place_table",
     "replicate",
+    "share",
     "take_rows",
 ]
 
@@ -92,11 +95,34 @@ def place_table(table: FeatureTable | None, mesh: Mesh | None) -> Any:
     return table.array() if mesh is None else place(table.read, len(table), table.dim, mesh)
 
 
-def place_batch(batch: Any, mesh: Mesh | None) -> Any:
-    """A pytree of host rows on the device, or spread over the mesh."""
+def place_batch(local: Batch, sizes: tuple[int, int, int], mesh: Mesh | None) -> Batch:
+    """A batch on the device, or spread over the mesh, of which each process has its `share`.
+
+    Args:
+        local: host rows of this process's share.
+        sizes: pairs, unpaired images and unpaired texts of the whole batch.
+        mesh: where to.
+    """
     if mesh is None:
-        return batch
-    return jax.tree.map(lambda x: place(x.__getitem__, x.shape[0], x.shape[1], mesh), batch)
+        return local
+    counts = (sizes[0], sizes[0], sizes[1], sizes[2])
+
+    def put(rows, size: int):
+        start = share(size, mesh).start
+        return place(lambda at: rows[at.start - start : at.stop - start], size, rows.shape[1], mesh)
+
+    return Batch(*(put(rows, size) for rows, size in zip(local, counts, strict=False)))
+
+
+def share(rows: int, mesh: Mesh | None) -> slice:
+    """Of ``rows`` rows spread over the mesh, those that lie on this process's devices."""
+    if mesh is None:
+        return slice(0, rows)
+    each = padded(rows, mesh) // mesh.size
+    here = [
+        place for place, d in enumerate(mesh.devices.flat) if d.process_index == jax.process_index()
+    ]
+    return slice(min(rows, here[0] * each), min(rows, (here[-1] + 1) * each))
 
 
 def replicate(tree: Any, mesh: Mesh | None) -> Any:
@@ -112,6 +138,11 @@ def replicate(tree: Any, mesh: Mesh | None) -> Any:
         return jax.device_put(np.asarray(leaf), everywhere)
 
     return jax.tree.map(put, tree)
+
+
+def local_copy(tree: Any) -> Any:
+    """A replicated pytree as arrays of this process alone."""
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
 
 
 def take_rows(local: Float[Array, "k d"], rows: Int[Array, " b"]) -> Float[Array, "c d"]:

@@ -22,6 +22,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +30,7 @@ import numpy as np
 from jax._src import clusters
 from jax.experimental import multihost_utils
 
-__all__ = ["Preempted", "PreemptionWatch", "Start", "start"]
+__all__ = ["Preempted", "PreemptionWatch", "Start", "barrier", "broadcast", "start"]
 
 _NAMES = {
     "coordinator": "SOTALIGN_COORDINATOR",
@@ -37,6 +38,7 @@ _NAMES = {
     "process_id": "SOTALIGN_PROCESS_ID",
 }
 _TIMEOUT = "SOTALIGN_START_TIMEOUT"
+_HEARTBEAT = "SOTALIGN_HEARTBEAT_TIMEOUT"
 _POD_INDEX = "JOB_COMPLETION_INDEX"
 # Steps that hold a shell rather than the tasks of srun: of salloc, and of the batch script.
 _SHELL_STEPS = ("4294967290", "4294967291")
@@ -67,6 +69,7 @@ def start(
     process_id: int | None = None,
     *,
     timeout: int | None = None,
+    heartbeat: int | None = None,
 ) -> Start:
     """Start ``jax.distributed`` if this process is one of several; see the module for how.
 
@@ -78,6 +81,8 @@ def start(
         process_id: which of them this is, from 0.
         timeout: seconds to wait for the others; by default ``SOTALIGN_START_TIMEOUT``, or 300. jax
             then ends the process (SIGABRT).
+        heartbeat: seconds without a sign of life after which a process counts as lost, and jax ends
+            the others (SIGABRT); by default ``SOTALIGN_HEARTBEAT_TIMEOUT``, or 100.
 
     Returns:
         The method taken, and the index and count of processes.
@@ -91,6 +96,7 @@ def start(
     if jax.distributed.is_initialized():
         return _started or Start("elsewhere", jax.process_index(), jax.process_count())
     seconds = _whole_number("timeout", _TIMEOUT, timeout, least=1) or 300
+    lost_after = _whole_number("heartbeat", _HEARTBEAT, heartbeat, least=1) or 100
     found, arguments = _from_settings(coordinator, num_processes, process_id) or _from_cluster()
     if found.process_count == 1:
         return _SINGLE
@@ -106,7 +112,9 @@ def start(
         else:
             _wait_for(arguments["coordinator_address"], seconds)
     try:
-        jax.distributed.initialize(initialization_timeout=seconds, **arguments)
+        jax.distributed.initialize(
+            initialization_timeout=seconds, heartbeat_timeout_seconds=lost_after, **arguments
+        )
     except RuntimeError as error:
         raise ConnectionError(f"start ({found.method}): {error}") from error
     _started = found
@@ -261,6 +269,34 @@ def _wait_for(coordinator: str, timeout: int) -> None:
                     "process 0 running, and its port open?"
                 ) from error
         time.sleep(0.2)
+
+
+def barrier(name: str) -> None:
+    """Wait until every process of the run is here; nothing where there is one."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def broadcast(arrays: Sequence[np.ndarray], source: int) -> list[np.ndarray]:
+    """What one process has, on all of them, to the last bit.
+
+    Args:
+        arrays: the values where this is process ``source``; elsewhere only shapes and dtypes count.
+        source: index of the process that has them.
+
+    Returns:
+        The arrays of ``source``.
+    """
+    if jax.process_count() == 1:
+        return list(arrays)
+    here = jax.process_index() == source
+    out = []
+    for array in arrays:
+        # As bytes: float64 would go through float32.
+        data = np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8)
+        data = np.asarray(multihost_utils.broadcast_one_to_all(data, is_source=here))
+        out.append(np.frombuffer(data.tobytes(), array.dtype).reshape(array.shape))
+    return out
 
 
 class Preempted(Exception):

@@ -22,8 +22,16 @@ from sotalign_jax.models import Aligner, LayerConfig
 from sotalign_jax.teachers import LinearTeacher
 from sotalign_jax.training.checkpoints import Checkpoints
 from sotalign_jax.training.data import fit_teacher, load_splits
-from sotalign_jax.training.devices import AXIS, make_mesh, place_batch, place_table, replicate
-from sotalign_jax.training.distributed import Preempted, PreemptionWatch
+from sotalign_jax.training.devices import (
+    AXIS,
+    local_copy,
+    make_mesh,
+    place_batch,
+    place_table,
+    replicate,
+    share,
+)
+from sotalign_jax.training.distributed import Preempted, PreemptionWatch, barrier
 from sotalign_jax.training.evaluate import evaluate
 from sotalign_jax.training.metrics import MetricWriter, ProgressBar, make_console, make_sinks
 from sotalign_jax.training.objectives import LossSettings
@@ -109,6 +117,10 @@ def _train(
     watch: PreemptionWatch,
     began: float,
 ) -> dict[str, Any]:
+    # Process 0 of several writes and reports.
+    first = jax.process_index() == 0
+    quiet = quiet or not first
+
     # ---- data and teacher: every check of the input happens here
     splits, teacher = load_inputs(config) if inputs is None else inputs
 
@@ -118,12 +130,12 @@ def _train(
     home.start(config)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     mesh = setup.mesh
-    state, rest, teacher, key = replicate((state, rest, teacher, key), mesh)
+    state, fixed, projector, key = replicate((state, rest, teacher, key), mesh)
     tables = _raw_tables(splits, unpaired=setup.loss.unpaired)
     resident = _fits(config, tables, teacher)
     if resident:
         raw = Batch(*(place_table(table, mesh) for table in tables))
-        tables = jax.jit(prepare, static_argnums=0)(setup, state.params, rest, teacher, raw)
+        tables = jax.jit(prepare, static_argnums=0)(setup, state.params, fixed, projector, raw)
         del raw
 
     # ---- resume
@@ -137,13 +149,13 @@ def _train(
         _announce(console, config, splits, setup, teacher, resident, start)
 
     # ---- train loop
-    writer = MetricWriter(home.metrics, start, make_sinks(config, home.path))
+    writer = MetricWriter(home.metrics, start, make_sinks(config, home.path)) if first else None
     bar = ProgressBar(console, config.steps, start, quiet=quiet)
     clock = _Clock(start, sum(stream.size for stream in setup.streams))
     dispatches = (
-        _dispatch_resident(setup, state, rest, tables, key, start, config)
+        _dispatch_resident(setup, state, fixed, tables, key, start, config)
         if resident
-        else _dispatch_streamed(setup, state, rest, teacher, tables, key, start, config)
+        else _dispatch_streamed(setup, state, fixed, projector, tables, key, start, config)
     )
     try:
         if start < config.steps and watch.agreed(start):
@@ -158,7 +170,8 @@ def _train(
             ):
                 scores = evaluate(_merge(setup, state.params, rest), splits.val)
                 record |= {f"val/{name}": value for name, value in scores.items()}
-            writer.write(step, record)
+            if writer is not None:
+                writer.write(step, record)
             bar.update(step, record)
             if save:
                 checkpoints.save(state, record.get(f"val/{config.select_metric}"))
@@ -169,7 +182,8 @@ def _train(
                 raise Preempted(step)
     finally:
         bar.close()
-        writer.close()
+        if writer is not None:
+            writer.close()
         checkpoints.close()
 
     # ---- select, save, evaluate
@@ -185,10 +199,12 @@ def _train(
             results[name] = evaluate(aligner, held_out)
             results[f"teacher_{name}"] = evaluate(teacher_aligner, held_out)
     results["seconds"] = round(time.perf_counter() - began, 3)
-    description = {"data": splits.description, "config": json.loads(config.to_json())}
-    aligner.save(home.aligner, metadata=description | {"step": selected})
-    teacher_aligner.save(home.teacher, metadata=description)
-    write_json(home.results, results)
+    if first:
+        description = {"data": splits.description, "config": json.loads(config.to_json())}
+        aligner.save(home.aligner, metadata=description | {"step": selected})
+        teacher_aligner.save(home.teacher, metadata=description)
+        write_json(home.results, results)
+    barrier("finished")
     return results
 
 
@@ -252,7 +268,8 @@ def init_aligner(config: Config, splits: Splits, teacher: LinearTeacher) -> Alig
 
 
 def _merge(setup: Setup, params: Variables, rest: Variables) -> Aligner:
-    return nnx.merge(setup.graph, params, rest)
+    """The aligner of this process, of parameters that may be spread over several."""
+    return nnx.merge(setup.graph, local_copy(params), rest)
 
 
 def _raw_tables(splits: Splits, *, unpaired: bool) -> Batch:
@@ -288,9 +305,14 @@ def _dispatch_streamed(
     setup, state, rest, teacher, tables, key, start: int, config
 ) -> Iterator[tuple[TrainState, int, Any]]:
     collected = []
-    batches = stream_batches(tables, setup.streams, key, start, config.steps)
+    pairs, image, text = sizes = tuple(stream.size for stream in setup.streams)
+    shares = (share(pairs, setup.mesh), share(image, setup.mesh), share(text, setup.mesh))
+    batches = stream_batches(
+        tables, setup.streams, local_copy(key), start, config.steps, shares=shares
+    )
     for step, raw in enumerate(batches, start + 1):
-        state, metrics = run_streamed(setup, state, rest, teacher, place_batch(raw, setup.mesh))
+        batch = place_batch(raw, sizes, setup.mesh)
+        state, metrics = run_streamed(setup, state, rest, teacher, batch)
         collected.append(metrics)
         if step % config.log_every == 0 or step == config.steps:
             yield state, step, jax.tree.map(lambda *leaves: np.stack(leaves), *collected)

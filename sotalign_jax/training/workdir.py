@@ -19,6 +19,7 @@ import jax
 import sotalign_jax
 from sotalign_jax.config import ConfigError, differences
 from sotalign_jax.files import replace_text
+from sotalign_jax.training.distributed import barrier
 
 __all__ = ["Workdir", "provenance", "write_json"]
 
@@ -35,7 +36,8 @@ _PACKAGES = (
 )
 
 
-# Fields that say what is compared or watched, and change no run: they may differ on a restart.
+# Fields that say what is compared or watched, and where a run is computed: none changes what comes
+# of it, and they may differ on a restart.
 _NO_MATTER = ("compare.", "metrics.", "mesh.")
 
 
@@ -84,18 +86,31 @@ class Workdir:
         return (self.path / "config.json").exists()
 
     def start(self, config) -> None:
-        """Record the configuration, and what runs it beside the starts before this one."""
+        """Record the configuration, and what runs it beside the starts before this one.
+
+        Process 0 of several writes, and the others wait for it.
+        """
+        if jax.process_index() == 0:
+            self._record(config)
+        barrier("started")
+
+    def _record(self, config) -> None:
         write_json(self.path / "config.json", json.loads(config.to_json()))
         with open(self.path / "provenance.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(provenance(config.seed)) + "\n")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes out of the directory; the lock ends with the process.
+        """Keep other runs out of the directory; the lock ends with the process.
+
+        Of the processes of one run, the first holds the lock.
 
         Raises:
-            ConfigError: another process is at work here.
+            ConfigError: another run is at work here.
         """
+        if jax.process_index() != 0:
+            yield
+            return
         try:
             import fcntl
         except ImportError:  # not a POSIX system: no such lock

@@ -1,0 +1,116 @@
+"""Several processes train as one does, survive the loss of one, and go on as another number."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_runs import CONFIG_FILE, records, results, tensors
+
+TESTS = Path(__file__).parents[1]
+# AdamW: Lion moves by the sign of a gradient, which hides small differences and blows up others.
+FIELDS = ("optimizer.name=adamw", "loss.alpha=1.0", "loss.threshold=1e-6", "steps=60")
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def start(workdir, processes=1, devices=1, flags=()):
+    """``python -m sotalign_jax train`` in so many processes of so many devices."""
+    command = [sys.executable, "-m", "sotalign_jax", "train", f"--config={CONFIG_FILE}:teacher"]
+    fields = [f"--config.{field}" for field in (*FIELDS, *flags)]
+    environment = os.environ | {
+        "PYTHONPATH": str(TESTS),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    if processes > 1:
+        environment["SOTALIGN_COORDINATOR"] = f"127.0.0.1:{free_port()}"
+        environment["SOTALIGN_NUM_PROCESSES"] = str(processes)
+        environment["SOTALIGN_HEARTBEAT_TIMEOUT"] = "15"
+    return [
+        subprocess.Popen(
+            [*command, f"--workdir={workdir}", *fields],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=TESTS.parent,
+            env=environment | ({"SOTALIGN_PROCESS_ID": str(i)} if processes > 1 else {}),
+        )
+        for i in range(processes)
+    ]
+
+
+def finish(group, statuses=(0,)):
+    """What each process wrote; its exit status must be one of those expected."""
+    try:
+        outputs = [process.communicate(timeout=240)[0] for process in group]
+    finally:
+        for process in group:
+            process.kill()
+            process.communicate()
+    for process, output in zip(group, outputs, strict=True):
+        assert process.returncode in statuses, output
+    return outputs
+
+
+def wait_for_checkpoint(workdir, group):
+    deadline = time.monotonic() + 180
+    while next(workdir.glob("checkpoints/[0-9]*/_CHECKPOINT_METADATA"), None) is None:
+        assert all(process.poll() is None for process in group), finish(group)
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def assert_close(one, other):
+    left, right = tensors(one), tensors(other)
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        np.testing.assert_allclose(right[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+    assert [r["step"] for r in records(one)] == [r["step"] for r in records(other)]
+    losses = [[r["train/loss"] for r in records(run)] for run in (one, other)]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    for metric, value in results(one)["test"].items():
+        np.testing.assert_allclose(results(other)["test"][metric], value, atol=0.021)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One process, one device, never interrupted."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    finish(start(workdir))
+    return workdir
+
+
+@pytest.mark.slow
+def test_killing_one_process_ends_both_and_the_same_command_resumes(alone, tmp_path):
+    group = start(tmp_path / "run", processes=2, devices=2)
+    wait_for_checkpoint(tmp_path / "run", group)
+    group[1].send_signal(signal.SIGKILL)
+    # The other one waits in vain: jax ends it once the heartbeat is missed.
+    finish(group, statuses=(-signal.SIGKILL, -signal.SIGABRT, 1))
+    assert not (tmp_path / "run" / "results.json").exists(), "it was over before the signal"
+    finish(start(tmp_path / "run", processes=2, devices=2))
+    assert_close(alone, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_stops_all_and_one_device_goes_on(alone, tmp_path):
+    """Rows from disk, so that each process reads its share."""
+    flags = ("data.resident=never",)
+    group = start(tmp_path / "run", processes=2, devices=2, flags=flags)
+    wait_for_checkpoint(tmp_path / "run", group)
+    group[1].send_signal(signal.SIGTERM)
+    outputs = finish(group)
+    assert not (tmp_path / "run" / "results.json").exists(), "it was over before the signal"
+    assert all("the same command goes on from step" in output for output in outputs)
+    finish(start(tmp_path / "run", flags=flags))
+    assert_close(alone, tmp_path / "run")
+    assert len((tmp_path / "run" / "provenance.jsonl").read_text().splitlines()) == 2
