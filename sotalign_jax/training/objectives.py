@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -105,8 +106,8 @@ def _klot(image, text, batch: Batch, settings: LossSettings) -> tuple[Array, Met
         _whole(batch.teacher_text, settings),
         epsilon=settings.epsilon,
         teacher_epsilon=settings.teacher_epsilon,
-        a=None if mask is None else mask / jnp.float32(settings.sizes[1]),
-        b=None if text_mask is None else text_mask / jnp.float32(settings.sizes[2]),
+        a=None if mask is None else mask.astype(jnp.float32) / settings.sizes[1],
+        b=None if text_mask is None else text_mask.astype(jnp.float32) / settings.sizes[2],
         threshold=settings.threshold,
         max_iterations=settings.max_iterations,
         iterations=settings.iterations or None,
@@ -123,21 +124,30 @@ def _klot(image, text, batch: Batch, settings: LossSettings) -> tuple[Array, Met
     }
 
 
+def _on_every_device(divergence, image, text, batch: Batch, settings: LossSettings) -> Array:
+    """A divergence of whole batches, done by each device for itself: it has no form for a share."""
+    _, images, texts = settings.sizes
+    rows = (image, text, batch.teacher_image, batch.teacher_text)
+    if settings.axis_name is None:
+        return divergence(*rows)
+    counts = (images, texts, images, texts)
+    whole = (_whole(part, settings)[:count] for part, count in zip(rows, counts, strict=True))
+    # Equal on all devices: the mean says so, and gives each the share of the gradient that is its.
+    return jax.lax.pmean(divergence(*whole), settings.axis_name)
+
+
 def _cka(image, text, batch: Batch, settings: LossSettings) -> tuple[Array, Metrics]:
-    del settings
-    value = losses.cka(image, text, batch.teacher_image, batch.teacher_text)
+    value = _on_every_device(losses.cka, image, text, batch, settings)
     return value, {"train/cka": value}
 
 
 def _info_nce(image, text, batch: Batch, settings: LossSettings) -> tuple[Array, Metrics]:
-    value = losses.info_nce_divergence(
-        image,
-        text,
-        batch.teacher_image,
-        batch.teacher_text,
+    divergence = functools.partial(
+        losses.info_nce_divergence,
         epsilon=settings.epsilon,
         teacher_epsilon=settings.teacher_epsilon,
     )
+    value = _on_every_device(divergence, image, text, batch, settings)
     return value, {"train/info_nce_divergence": value}
 
 
