@@ -1,10 +1,25 @@
 """Numeric helpers that every floor needs."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-__all__ = ["unit_rows", "varying_like", "varying_over"]
+__all__ = ["Columns", "standardized_rows", "unit_rows", "varying_like", "varying_over"]
+
+
+class Columns(NamedTuple):
+    """What standardises the columns of a side's unit rows.
+
+    Attributes:
+        mean: ``(d,)``, subtracted from unit rows.
+        scale: ``(d,)`` positive numbers that they are then divided by.
+    """
+
+    mean: Float[ArrayLike, "d"]
+    scale: Float[ArrayLike, "d"]
 
 
 def unit_rows(rows) -> Float[Array, "n d"]:
@@ -25,6 +40,22 @@ def unit_rows(rows) -> Float[Array, "n d"]:
     square = jnp.sum(scaled * scaled, axis=-1, keepdims=True)
     inverse = jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1.0)), 0.0)
     return scaled * inverse
+
+
+def standardized_rows(rows, columns: Columns | None) -> Float[Array, "n d"]:
+    """Unit rows whose columns were standardised, scaled to unit length again, in float32.
+
+    Args:
+        rows: ``(n, d)`` rows of unit length.
+        columns: what to subtract and to divide by; ``None`` returns ``rows`` as they are.
+
+    Returns:
+        ``(n, d)`` float32.
+    """
+    if columns is None:
+        return rows
+    mean, scale = (jnp.asarray(value, jnp.float32)[None, :] for value in columns)
+    return unit_rows((rows - mean) / scale)
 
 
 def varying_like(value, *references):

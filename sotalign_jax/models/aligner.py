@@ -29,12 +29,14 @@ from sotalign_jax.models.layers import (
     check_sizes,
     make_layer,
 )
-from sotalign_jax.numerics import unit_rows
+from sotalign_jax.numerics import Columns, standardized_rows, unit_rows
 
 __all__ = ["Aligner", "Preprocessing", "TeacherWeights"]
 
 FORMAT = "sotalign_jax.aligner"
-FORMAT_VERSION = 1
+# 2 has standardised columns, of which a reader of 1 knows nothing; without them we write 1.
+FORMAT_VERSIONS = (1, 2)
+_SIDES = ("image", "text")
 TENSORS_FILE = "aligner.safetensors"
 CONFIG_FILE = "aligner.json"
 
@@ -52,6 +54,8 @@ class TeacherWeights(Protocol):
         text_weight: ``(text_dim, dim)``.
         image_mean: ``(image_dim,)``, subtracted from image rows of unit length.
         text_mean: ``(text_dim,)``, subtracted from text rows of unit length.
+
+    A teacher that standardises columns also has ``image_columns`` or ``text_columns``, a `Columns`.
     """
 
     @property
@@ -75,12 +79,16 @@ class Aligner(nnx.Module):
         z = x / |x| - mean                  preprocessing (the row norm is optional)
         e = layer(z) / |layer(z)|
 
+    where a side with ``columns`` standardises x / |x| first: with u = (x / |x| - columns.mean) /
+    columns.scale, z = u / |u| - mean.
+
     and the similarity of an image and a text is the cosine ``<e_image, e_text>``. The SigLIP
     probability that they belong together is ``sigmoid(scale * cosine + bias)``.
 
     Trainable (`flax.nnx.Param`): ``image.*``, ``text.*``, ``log_scale``, ``bias``. Not trainable
-    (`Preprocessing`): ``image_mean``, ``text_mean``. So ``nnx.split(aligner, nnx.Param, ...)``
-    separates what a trainer updates from the rest.
+    (`Preprocessing`): ``image_mean``, ``text_mean``, and where columns are standardised
+    ``image_column_mean``, ``image_column_scale`` and the same of the text. So
+    ``nnx.split(aligner, nnx.Param, ...)`` separates what a trainer updates from the rest.
 
     Args:
         image_dim: width of the image features.
@@ -93,6 +101,9 @@ class Aligner(nnx.Module):
         normalize: scale raw rows to unit length first.
         image_mean: ``(image_dim,)``, subtracted from the (unit) image rows; ``None`` means zeros.
         text_mean: ``(text_dim,)``, likewise for texts.
+        image_columns: standardise the columns of unit image rows by these, before the mean is
+            subtracted; ``None`` leaves the columns alone. Needs ``normalize``.
+        text_columns: likewise for texts.
         prior: share of true pairs among the image-text combinations seen in training, 1/n for a
             batch of n pairs; `predict_proba` needs it to answer for another share.
 
@@ -100,7 +111,7 @@ class Aligner(nnx.Module):
         training_prior: the ``prior`` above; a trainer that learns it late may set it.
 
     Raises:
-        ValueError: for a width, scale, bias, mean or prior out of range.
+        ValueError: for a width, scale, bias, mean, columns or prior out of range.
 
     References:
         Zhai et al., Sigmoid Loss for Language Image Pre-Training (SigLIP), ICCV 2023; SOTAlign,
@@ -120,6 +131,8 @@ class Aligner(nnx.Module):
         normalize: bool = True,
         image_mean: Float[ArrayLike, "..."] | None = None,
         text_mean: Float[ArrayLike, "..."] | None = None,
+        image_columns: Columns | None = None,
+        text_columns: Columns | None = None,
         prior: float | None = None,
     ):
         check_sizes(image_dim=image_dim, text_dim=text_dim, dim=dim)
@@ -139,6 +152,17 @@ class Aligner(nnx.Module):
         self.training_prior = prior
         self.image_mean = Preprocessing(_mean("image_mean", image_mean, self.image_dim))
         self.text_mean = Preprocessing(_mean("text_mean", text_mean, self.text_dim))
+        self.standardized: tuple[str, ...] = ()
+        for side, columns in (("image", image_columns), ("text", text_columns)):
+            if columns is None:
+                continue
+            if not normalize:
+                raise ValueError(
+                    f"{side}_columns: standardise rows of unit length; set normalize=True"
+                )
+            self.standardized += (side,)
+            for name, value in _columns(side, columns, getattr(self, f"{side}_dim")).items():
+                setattr(self, name, Preprocessing(value))
         self.image = make_layer(layer, self.image_dim, self.dim, rngs=rngs)
         self.text = make_layer(layer, self.text_dim, self.dim, rngs=rngs)
         self.log_scale = nnx.Param(jnp.asarray(math.log(scale), jnp.float32))
@@ -157,9 +181,9 @@ class Aligner(nnx.Module):
         """An aligner whose `similarity` is the teacher's affinity: the start for training.
 
         Both layers are linear without LayerNorm, hold the teacher's weights and a bias of zeros;
-        the teacher's means become the preprocessing. Cosines do not see the scale of a side's
-        weight, but an optimiser whose steps have a fixed size (Lion, Adam) does: the entries of a
-        CCA weight may be 100 times those of a fresh layer, or a hundredth.
+        the teacher's means and columns become the preprocessing. Cosines do not see the scale of a
+        side's weight, but an optimiser whose steps have a fixed size (Lion, Adam) does: the entries
+        of a CCA weight may be 100 times those of a fresh layer, or a hundredth.
 
         Args:
             teacher: a `sotalign_jax.teachers.LinearTeacher`, or anything with its weights and
@@ -203,6 +227,8 @@ class Aligner(nnx.Module):
             bias=bias,
             image_mean=teacher.image_mean,
             text_mean=teacher.text_mean,
+            image_columns=getattr(teacher, "image_columns", None),
+            text_columns=getattr(teacher, "text_columns", None),
             prior=prior,
         )
         for layer, weight in ((aligner.image, weights["image"]), (aligner.text, weights["text"])):
@@ -220,30 +246,36 @@ class Aligner(nnx.Module):
     ) -> Float[Array, "*n image_dim"]:
         """Raw image features as the image layer wants them: unit rows minus the mean, float32.
 
+        With ``image_columns`` the unit rows are standardised by column and unit rows again first.
+
         Args:
             raw: ``(n, image_dim)`` or one row ``(image_dim,)``, any floating dtype.
 
         Returns:
-            The same shape, float32. A row of zeros has no direction and becomes minus the mean.
+            The same shape, float32. A row of zeros has no direction and becomes minus the mean,
+            unless columns are standardised.
 
         Raises:
             ValueError: when the width is not ``image_dim``.
         """
-        return self._preprocess("image", raw, self.image_mean)
+        return self._preprocess("image", raw)
 
     def preprocess_text(self, raw: Float[ArrayLike, "*n text_dim"]) -> Float[Array, "*n text_dim"]:
         """Raw text features as the text layer wants them: unit rows minus the mean, float32.
+
+        With ``text_columns`` the unit rows are standardised by column and unit rows again first.
 
         Args:
             raw: ``(n, text_dim)`` or one row ``(text_dim,)``, any floating dtype.
 
         Returns:
-            The same shape, float32. A row of zeros has no direction and becomes minus the mean.
+            The same shape, float32. A row of zeros has no direction and becomes minus the mean,
+            unless columns are standardised.
 
         Raises:
             ValueError: when the width is not ``text_dim``.
         """
-        return self._preprocess("text", raw, self.text_mean)
+        return self._preprocess("text", raw)
 
     def project_image(self, preprocessed: Float[Array, "*n image_dim"]) -> Float[Array, "*n dim"]:
         """The image layer alone, for features that were preprocessed once; not normalised.
@@ -431,6 +463,7 @@ class Aligner(nnx.Module):
             layer = LayerConfig(**document["layer"])
             options = {name: document[name] for name in ("image_dim", "text_dim", "dim")}
             options |= {"normalize": document["normalize"], "prior": document["training_prior"]}
+            options |= _placeholder_columns(document)
             # No memory and no random numbers for weights that are about to be read.
             abstract = nnx.eval_shape(lambda: cls(**options, layer=layer, rngs=nnx.Rngs(0)))
         except KeyError as error:
@@ -463,14 +496,23 @@ class Aligner(nnx.Module):
         ]
         return nnx.merge(graphdef, nnx.from_flat_state(loaded))
 
-    def _preprocess(self, side, raw, mean):
+    def columns(self, side: str) -> Columns | None:
+        """What standardises the columns of a side, ``"image"`` or ``"text"``; None: nothing."""
+        if side not in self.standardized:
+            return None
+        return Columns(*(getattr(self, f"{side}_column_{name}")[...] for name in Columns._fields))
+
+    def _preprocess(self, side, raw):
         raw = jnp.asarray(raw)
+        mean = getattr(self, f"{side}_mean")[...]
         (dim,) = mean.shape
         if raw.ndim not in (1, 2) or raw.shape[-1] != dim:
             raise ValueError(f"{side}: got shape {raw.shape}; expected (n, {dim}) or ({dim},)")
         rows = _unit(raw) if self.normalize else raw.astype(jnp.float32)
         # Constant also for a caller who differentiates the whole module.
-        mean = jax.lax.stop_gradient(mean[...])
+        mean, columns = jax.lax.stop_gradient((mean, self.columns(side)))
+        if columns is not None:
+            rows = standardized_rows(rows.reshape(-1, dim), columns).reshape(rows.shape)
         return rows - jnp.broadcast_to(mean, rows.shape)
 
     def _document(self, metadata: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -482,17 +524,19 @@ class Aligner(nnx.Module):
             metadata = json.loads(json.dumps(dict(metadata or {}), allow_nan=False))
         except (TypeError, ValueError) as error:
             raise ValueError(f"metadata: must be a dict that JSON can hold ({error})") from error
+        columns = {"standardized": list(self.standardized)} if self.standardized else {}
         return {
             "format": FORMAT,
-            "version": FORMAT_VERSION,
+            "version": FORMAT_VERSIONS[1 if self.standardized else 0],
             "sotalign_jax": sotalign_jax.__version__,
             "image_dim": self.image_dim,
             "text_dim": self.text_dim,
             "dim": self.dim,
             "layer": dataclasses.asdict(self.layer),
             "normalize": self.normalize,
+            **columns,
             "training_prior": prior,
-            "recipe": _recipe(self.layer, self.normalize),
+            "recipe": _recipe(self.layer, self.normalize, self.standardized),
             "metadata": metadata,
         }
 
@@ -512,6 +556,29 @@ def _mean(name: str, mean, dim: int) -> Float[Array, "dim"]:
     return jnp.asarray(mean)
 
 
+def _columns(side: str, columns, dim: int) -> dict[str, Float[Array, "dim"]]:
+    """The checked columns of a side by the names of their tensors."""
+    columns = Columns(*columns)
+    if not (np.asarray(columns.scale) > 0).all():
+        raise ValueError(f"{side}_columns.scale: entries must be positive")
+    return {
+        f"{side}_column_{name}": _mean(f"{side}_columns.{name}", getattr(columns, name), dim)
+        for name in Columns._fields
+    }
+
+
+def _placeholder_columns(document: Mapping[str, Any]) -> dict[str, Columns]:
+    """Columns of the right size where a document says that a side has some, to be read later."""
+    if document["version"] < FORMAT_VERSIONS[1]:
+        return {}
+    sides = document["standardized"]
+    if sides not in (["image"], ["text"], list(_SIDES)):
+        raise ValueError(f"standardized: got {sides!r}; must list image, text or both")
+    sizes = {side: document[f"{side}_dim"] for side in sides}
+    check_sizes(**{f"{side}_dim": size for side, size in sizes.items()})
+    return {f"{side}_columns": Columns(np.zeros(n), np.ones(n)) for side, n in sizes.items()}
+
+
 def _log_odds(name: str, share: float) -> float:
     if not 0 < share < 1:
         raise ValueError(f"{name}: got {share!r}; a share of true pairs lies strictly in (0, 1)")
@@ -526,7 +593,7 @@ def _named(state) -> dict[str, nnx.Variable]:
     return {_name(path): variable for path, variable in nnx.to_flat_state(state)}
 
 
-def _recipe(layer: LayerConfig, normalize: bool) -> str:
+def _recipe(layer: LayerConfig, normalize: bool, standardized: tuple[str, ...]) -> str:
     """The forward pass in one line, as the tensors' names spell it."""
 
     def dense(features: str, name: str) -> str:
@@ -535,6 +602,9 @@ def _recipe(layer: LayerConfig, normalize: bool) -> str:
     steps = ["for a row x of a side (image or text; its tensors start with the side's name)"]
     if normalize:
         steps.append("x = x / |x| (a row of zeros stays zero)")
+    if standardized:
+        only = "" if standardized == _SIDES else f", {standardized[0]} alone"
+        steps.append(f"x = (x - {{side}}_column_mean) / {{side}}_column_scale, x = x / |x|{only}")
     steps.append("x = x - {side}_mean")
     if layer.layer_norm:
         steps.append(
@@ -574,10 +644,10 @@ def _read_document(path: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: not valid JSON ({error})") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ValueError(f"{file}: not an aligner; its format must be {FORMAT!r}")
-    if document.get("version") != FORMAT_VERSION:
+    if document.get("version") not in FORMAT_VERSIONS:
         raise ValueError(
             f"{file}: format version {document.get('version')!r}; this package reads "
-            f"{FORMAT_VERSION} (the file was written by sotalign_jax "
+            f"{' and '.join(map(str, FORMAT_VERSIONS))} (the file was written by sotalign_jax "
             f"{document.get('sotalign_jax', 'unknown')})"
         )
     return document

@@ -12,9 +12,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from sotalign_jax.losses import info_nce, siglip
-from sotalign_jax.numerics import unit_rows
+from sotalign_jax.numerics import Columns, standardized_rows, unit_rows
 from sotalign_jax.teachers.linear import LinearTeacher
-from sotalign_jax.teachers.moments import checked_pairs, unit_rows64
+from sotalign_jax.teachers.moments import checked_pairs, standardized_rows64, unit_rows64
 
 __all__ = ["contrastive"]
 
@@ -33,6 +33,8 @@ def contrastive(
     bias: float = -10.0,
     seed: int = 0,
     init: LinearTeacher | None = None,
+    image_columns: Columns | None = None,
+    text_columns: Columns | None = None,
 ) -> LinearTeacher:
     """Linear maps trained on the pairs with SigLIP or InfoNCE, by Lion under one compiled scan.
 
@@ -53,15 +55,17 @@ def contrastive(
         scale: logit scale at the start (default 20).
         bias: logit bias at the start (default -10); info_nce has none.
         seed: of the random start and of the batches (default 0).
-        init: start from this teacher's weights, and keep its means; default Xavier-uniform weights
-            and the means of the pairs.
+        init: start from this teacher's weights, and keep its means and columns; default
+            Xavier-uniform weights and the means of the pairs.
+        image_columns: standardise the columns of unit image rows by these; see `columns_of`.
+        text_columns: the same for texts.
 
     Returns:
         A `LinearTeacher` whose ``correlations`` are ones.
 
     Raises:
-        ValueError: an argument is out of range, the pairs differ in length or hold NaN, or ``init``
-            has other dimensions.
+        ValueError: an argument is out of range, the pairs differ in length or hold NaN, ``init``
+            has other dimensions, or columns are given beside it.
         FloatingPointError: the loss or the weights stopped being finite (the step is named).
 
     References:
@@ -94,16 +98,19 @@ def contrastive(
         image_weight = xavier(image_key, (dx, dim), jnp.float32)
         text_weight = xavier(text_key, (dy, dim), jnp.float32)
         image_mean, text_mean = (
-            jnp.asarray(unit_rows64(rows).mean(axis=0), jnp.float32) for rows in (image, text)
+            jnp.asarray(standardized_rows64(unit_rows64(rows), columns).mean(axis=0), jnp.float32)
+            for rows, columns in ((image, image_columns), (text, text_columns))
         )
     else:
+        if image_columns is not None or text_columns is not None:
+            raise ValueError("init: brings columns of its own; leave image_columns, text_columns")
         shapes = init.image_weight.shape, init.text_weight.shape
         if shapes != ((dx, dim), (dy, dim)):
             raise ValueError(
                 f"init: weights {shapes[0]} and {shapes[1]}; "
                 f"these pairs and dim={dim} need {(dx, dim)} and {(dy, dim)}"
             )
-        image_weight, text_weight, image_mean, text_mean, _ = init
+        image_weight, text_weight, image_mean, text_mean, _, image_columns, text_columns = init
 
     parameters = {
         "image_weight": image_weight,
@@ -115,8 +122,8 @@ def contrastive(
     with jax.default_matmul_precision("highest"):
         parameters, losses = _train(
             parameters,
-            unit_rows(image) - image_mean[None, :],
-            unit_rows(text) - text_mean[None, :],
+            standardized_rows(unit_rows(image), image_columns) - image_mean[None, :],
+            standardized_rows(unit_rows(text), text_columns) - text_mean[None, :],
             batch_key,
             loss=loss,
             steps=steps,
@@ -141,6 +148,8 @@ def contrastive(
         image_mean,
         text_mean,
         jnp.ones(dim, jnp.float32),
+        image_columns,
+        text_columns,
     )
 
 

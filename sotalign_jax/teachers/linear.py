@@ -8,7 +8,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from sotalign_jax.numerics import unit_rows
+from sotalign_jax.numerics import Columns, standardized_rows, unit_rows
 from sotalign_jax.teachers.moments import Moments
 
 __all__ = ["LinearTeacher", "cca", "procrustes"]
@@ -28,6 +28,9 @@ class LinearTeacher(NamedTuple):
         correlations: ``(d,)`` float32 in [0, 1], how strongly the pairs agree along each direction
             (`cca`: regularised canonical correlations; `procrustes`: correlations of the projected
             pairs; `contrastive`: ones, as a trained map has no such reading).
+        image_columns: what standardises the columns of unit image rows, which then have unit length
+            again, before the mean is subtracted; None (default): nothing does. See `columns_of`.
+        text_columns: the same for texts.
     """
 
     image_weight: Float[Array, "dx d"]
@@ -35,9 +38,13 @@ class LinearTeacher(NamedTuple):
     image_mean: Float[Array, "dx"]
     text_mean: Float[Array, "dy"]
     correlations: Float[Array, "d"]
+    image_columns: Columns | None = None
+    text_columns: Columns | None = None
 
     def project_image(self, image: Float[ArrayLike, "n dx"]) -> Float[Array, "n d"]:
         """Image rows in the shared space: ``(unit_rows(image) - image_mean) @ image_weight``.
+
+        With ``image_columns`` the unit rows are standardised by column and unit rows again first.
 
         Args:
             image: ``(n, dx)`` raw features of any floating dtype.
@@ -48,10 +55,12 @@ class LinearTeacher(NamedTuple):
         Raises:
             ValueError: another width than the teacher was fitted on.
         """
-        return _project("image", image, self.image_mean, self.image_weight)
+        return _project("image", image, self.image_columns, self.image_mean, self.image_weight)
 
     def project_text(self, text: Float[ArrayLike, "n dy"]) -> Float[Array, "n d"]:
         """Text rows in the shared space: ``(unit_rows(text) - text_mean) @ text_weight``.
+
+        With ``text_columns`` the unit rows are standardised by column and unit rows again first.
 
         Args:
             text: ``(n, dy)`` raw features of any floating dtype.
@@ -62,7 +71,7 @@ class LinearTeacher(NamedTuple):
         Raises:
             ValueError: another width than the teacher was fitted on.
         """
-        return _project("text", text, self.text_mean, self.text_weight)
+        return _project("text", text, self.text_columns, self.text_mean, self.text_weight)
 
     def affinity(
         self, image: Float[ArrayLike, "n dx"], text: Float[ArrayLike, "m dy"]
@@ -194,11 +203,14 @@ def cca(
     return _teacher(moments, image, text, correlations)
 
 
-def _project(name: str, rows, mean: jax.Array, weight: jax.Array) -> jax.Array:
+def _project(
+    name: str, rows, columns: Columns | None, mean: jax.Array, weight: jax.Array
+) -> jax.Array:
     rows = jnp.asarray(rows)
     if rows.ndim != 2 or rows.shape[1] != mean.shape[0]:
         raise ValueError(f"{name}: shape {rows.shape}; the teacher takes (n, {mean.shape[0]})")
-    return jnp.matmul(unit_rows(rows) - mean[None, :], weight, precision=_HIGHEST)
+    rows = standardized_rows(unit_rows(rows), columns)
+    return jnp.matmul(rows - mean[None, :], weight, precision=_HIGHEST)
 
 
 def _check_moments(moments: Moments) -> tuple[float, float]:

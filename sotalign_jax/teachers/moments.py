@@ -11,6 +11,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
+from sotalign_jax.numerics import Columns
+
 __all__ = [
     "Moments",
     "empty_moments",
@@ -134,29 +136,42 @@ def update_moments(
     return merge_moments(moments, _moments_at_once(image, text))
 
 
-def moments_of(chunks: Iterable[tuple[ArrayLike, ArrayLike]], normalize: bool = True) -> Moments:
+def moments_of(
+    chunks: Iterable[tuple[ArrayLike, ArrayLike]],
+    normalize: bool = True,
+    *,
+    image_columns: Columns | None = None,
+    text_columns: Columns | None = None,
+) -> Moments:
     """The moments of all pairs, in one pass over chunks that need not fit in memory together.
 
     Args:
         chunks: iterable of ``(image (n, dx), text (n, dy))`` raw features; n may differ by chunk.
             All pairs at once are ``[(image, text)]``.
         normalize: scale every row to unit length first, as the method does (default True).
+        image_columns: then standardise the columns of the images by these, and scale the rows to
+            unit length again; what `columns_of` returns. None (default): leave the columns alone.
+        text_columns: the same for texts.
 
     Returns:
         `Moments` of all rows.
 
     Raises:
-        ValueError: no chunk at all, or a chunk that `update_moments` refuses (named by its number).
+        ValueError: no chunk at all, columns without ``normalize``, or a chunk that `update_moments`
+            refuses (named by its number).
 
     References:
         SOTAlign (arXiv 2602.23353), stage one: unit rows, then the means of the pairs.
     """
+    if not (normalize or (image_columns is None and text_columns is None)):
+        raise ValueError("normalize: columns are standardised of unit rows; must be True")
     moments = None
     for number, (image, text) in enumerate(chunks):
         names = f"chunks[{number}] image", f"chunks[{number}] text"
         image, text = checked_pairs(image, text, *names)
         if normalize:
-            image, text = unit_rows64(image), unit_rows64(text)
+            image = standardized_rows64(unit_rows64(image), image_columns)
+            text = standardized_rows64(unit_rows64(text), text_columns)
         chunk = _moments_at_once(image, text)
         if moments is not None and chunk.cross_scatter.shape != moments.cross_scatter.shape:
             raise ValueError(
@@ -215,6 +230,16 @@ def unit_rows64(rows: np.ndarray) -> np.ndarray:
     rows = rows / np.where(scale > 0, scale, 1.0)
     norm = np.linalg.norm(rows, axis=1, keepdims=True)
     return rows / np.where(norm > 0, norm, 1.0)
+
+
+def standardized_rows64(rows: np.ndarray, columns: Columns | None) -> np.ndarray:
+    """`sotalign_jax.numerics.standardized_rows` in float64 on the host."""
+    if columns is None:
+        return rows
+    mean, scale = (np.asarray(value, np.float64) for value in columns)
+    if mean.shape != rows.shape[1:]:
+        raise ValueError(f"columns: {len(mean)} of them, but the rows have {rows.shape[1]}")
+    return unit_rows64((rows - mean) / scale)
 
 
 def checked_pairs(

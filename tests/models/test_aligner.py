@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 import sotalign_jax
 from sotalign_jax.models import Aligner, LayerConfig, Preprocessing
+from sotalign_jax.numerics import Columns
 
 LAYERS = {
     "linear": LayerConfig("linear"),
@@ -37,10 +38,14 @@ erf = np.vectorize(math.erf, otypes=[np.float64])
 
 def embed(directory, side, raw):
     config = json.load(open(f"{directory}/aligner.json"))
-    assert (config["format"], config["version"]) == ("sotalign_jax.aligner", 1)
+    standardized = config.get("standardized", [])
+    assert (config["format"], config["version"]) == ("sotalign_jax.aligner", 1 + bool(standardized))
     t = {k: v.astype(np.float64) for k, v in load_file(f"{directory}/aligner.safetensors").items()}
     x = raw.astype(np.float64)
     if config["normalize"]:
+        x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    if side in standardized:
+        x = (x - t[f"{side}_column_mean"]) / t[f"{side}_column_scale"]
         x = x / np.linalg.norm(x, axis=1, keepdims=True)
     x = x - t[f"{side}_mean"]
     if config["layer"]["layer_norm"]:
@@ -106,6 +111,16 @@ def random_aligner(layer=LAYERS["linear"], seed=0, **options):
         noise = rng.standard_normal(param.shape).astype(np.float32)
         param[...] = param[...] + 0.3 * noise
     return aligner
+
+
+def some_columns(dim, seed=1):
+    rng = np.random.default_rng(seed)
+    mean, scale = 0.2 * rng.standard_normal(dim), rng.uniform(0.1, 2.0, dim)
+    return Columns(mean.astype(np.float32), scale.astype(np.float32))
+
+
+def standardized64(rows, columns):
+    return unit64((unit64(rows) - columns.mean) / columns.scale)
 
 
 def unit64(x):
@@ -327,6 +342,137 @@ def test_wrong_teacher(change, message):
         Aligner.from_teacher(random_teacher()._replace(**change))
 
 
+# Standardised columns
+
+
+def test_columns_are_standardised_between_two_normalisations():
+    image, text = features()
+    columns = some_columns(7)
+    aligner = random_aligner(image_columns=columns)
+    mean = np.asarray(aligner.image_mean[...], np.float64)
+    expected = standardized64(image, columns) - mean
+    np.testing.assert_allclose(aligner.preprocess_image(image), expected, atol=1e-6)
+    np.testing.assert_allclose(aligner.preprocess_image(image[3]), expected[3], atol=1e-6)
+    np.testing.assert_array_equal(
+        aligner.preprocess_text(text), random_aligner().preprocess_text(text)
+    )
+    assert aligner.standardized == ("image",)
+    assert aligner.columns("text") is None
+    np.testing.assert_array_equal(aligner.columns("image").scale, columns.scale)
+
+
+def test_columns_are_preprocessing_and_get_no_gradient():
+    image, text = features(n=16)
+    aligner = random_aligner(text_columns=some_columns(5))
+    _, _, rest = nnx.split(aligner, nnx.Param, ...)
+    names = {path[0]: v for path, v in nnx.to_flat_state(rest)}
+    assert names.keys() == {"image_mean", "text_mean", "text_column_mean", "text_column_scale"}
+    assert all(isinstance(v, Preprocessing) for v in names.values())
+    gradient = jax.grad(lambda model: model.similarity(image, text).sum())(aligner)
+    found = {path[0]: leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(gradient))}
+    assert not np.any(found["text_column_scale"]) and not np.any(found["text_column_mean"])
+
+
+def test_from_teacher_keeps_the_columns():
+    class Standardized(NamedTuple):
+        image_weight: np.ndarray
+        text_weight: np.ndarray
+        image_mean: np.ndarray
+        text_mean: np.ndarray
+        image_columns: Columns | None
+        text_columns: Columns | None
+
+    teacher, columns = random_teacher(), some_columns(7)
+    image, text = features()
+    aligner = Aligner.from_teacher(Standardized(*teacher, columns, None))
+    a = (standardized64(image, columns) - teacher.image_mean) @ teacher.image_weight
+    b = (unit64(text) - teacher.text_mean) @ teacher.text_weight.astype(np.float64)
+    np.testing.assert_allclose(aligner.similarity(image, text), unit64(a) @ unit64(b).T, atol=2e-6)
+
+
+@pytest.mark.parametrize("sides", [("image",), ("text",), ("image", "text")])
+def test_a_saved_aligner_brings_its_columns(sides, tmp_path):
+    image, text = features()
+    sizes = {"image": 7, "text": 5}
+    columns = {f"{side}_columns": some_columns(sizes[side]) for side in sides}
+    aligner = random_aligner(**columns)
+    aligner.save(tmp_path / "a")
+    document = json.loads((tmp_path / "a" / "aligner.json").read_text())
+    assert (document["version"], document["standardized"]) == (2, list(sides))
+    assert "{side}_column_scale" in document["recipe"]
+    loaded = Aligner.load(tmp_path / "a")
+    assert loaded.standardized == sides
+    np.testing.assert_array_equal(loaded.similarity(image, text), aligner.similarity(image, text))
+    # Without its columns it would be another model.
+    plain = np.asarray(random_aligner().similarity(image, text))
+    assert np.abs(plain - aligner.similarity(image, text)).max() > 0.01
+
+
+def test_an_aligner_of_before_there_were_columns_loads(tmp_path):
+    rng = np.random.default_rng(4)
+    tensors = {
+        "image.linear.kernel": rng.standard_normal((7, 4)),
+        "text.linear.kernel": rng.standard_normal((5, 4)),
+        "image_mean": 0.1 * rng.standard_normal(7),
+        "text_mean": 0.1 * rng.standard_normal(5),
+        "log_scale": np.array(3.0),
+        "bias": np.array(-10.0),
+    }
+    tensors = {name: np.asarray(value, np.float32) for name, value in tensors.items()}
+    (tmp_path / "old").mkdir()
+    safetensors.numpy.save_file(tensors, tmp_path / "old" / "aligner.safetensors")
+    layer = {"kind": "linear", "layer_norm": False, "bias": False, "width_factor": None}
+    document = {"format": "sotalign_jax.aligner", "version": 1, "image_dim": 7, "text_dim": 5}
+    document |= {"dim": 4, "layer": layer, "normalize": True, "training_prior": None}
+    (tmp_path / "old" / "aligner.json").write_text(json.dumps(document))
+    loaded = Aligner.load(tmp_path / "old")
+    image, text = features()
+    old = Teacher(*(tensors[name] for name in list(tensors)[:4]))
+    np.testing.assert_allclose(
+        loaded.similarity(image, text), teacher_affinity(old, image, text), atol=2e-6
+    )
+    assert loaded.standardized == ()
+
+
+def test_a_file_whose_columns_are_missing_or_unexpected_is_refused(tmp_path):
+    random_aligner(image_columns=some_columns(7)).save(tmp_path / "a")
+    for fields, message in (
+        ({"standardized": ["text"]}, "tensors missing: text_column_mean, text_column_scale"),
+        ({"standardized": ["image", "text"]}, "tensors missing: text_column"),
+        ({"standardized": "image"}, "standardized: got 'image'"),
+        ({"standardized": []}, r"standardized: got \[\]"),
+        ({"standardized": "DROP"}, "field 'standardized' is missing"),
+        ({"standardized": ["image"], "version": 1}, "not part of this aligner: image_column_mean"),
+    ):
+        edit_json(tmp_path / "a", **fields)
+        with pytest.raises(ValueError, match=message):
+            Aligner.load(tmp_path / "a")
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_columns": some_columns(5)}, r"image_columns.mean: got shape \(5,\).* \(7,\)"),
+        (
+            {"text_columns": Columns(np.zeros(5), np.array([1.0, 1, 0, 1, 1]))},
+            "text_columns.scale: entries must be positive",
+        ),
+        (
+            {"text_columns": Columns(np.full(5, np.nan), np.ones(5))},
+            "text_columns.mean: entries must be finite",
+        ),
+        (
+            {"image_columns": some_columns(7), "normalize": False},
+            "image_columns: .*set normalize=True",
+        ),
+    ],
+)
+def test_wrong_columns(options, message):
+    with pytest.raises(ValueError, match=message):
+        random_aligner(**options)
+
+
 # Probability
 
 
@@ -443,6 +589,10 @@ def test_numpy_alone_reads_a_saved_aligner(tmp_path):
     np.savez(tmp_path / "raw.npz", image=image, text=text)
     aligners = {name: random_aligner(layer, seed=3) for name, layer in LAYERS.items()}
     aligners["raw"] = random_aligner(normalize=False)
+    aligners["columns"] = random_aligner(image_columns=some_columns(7))
+    aligners["both"] = random_aligner(
+        LAYERS["star"], image_columns=some_columns(7), text_columns=some_columns(5)
+    )
     for name, aligner in aligners.items():
         aligner.save(tmp_path / name)
     reader = tmp_path / "reader.py"
@@ -601,7 +751,7 @@ def edit_json(path, **fields):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"version": 2}, "version 2; this package reads 1"),
+        ({"version": 3}, "version 3; this package reads 1 and 2"),
         ({"version": "DROP"}, "version None"),
         ({"format": "something"}, "not an aligner"),
         ({"dim": "DROP"}, "field 'dim' is missing"),

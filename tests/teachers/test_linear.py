@@ -41,7 +41,7 @@ def _cosine(a, b):
 
 
 def _float64(teacher):
-    return [np.asarray(array, np.float64) for array in teacher]
+    return [np.asarray(array, np.float64) for array in teacher[:5]]
 
 
 # --- Procrustes
@@ -123,7 +123,7 @@ def test_scatter_ridge_is_covariance_ridge_times_degrees_of_freedom():
     expected = _cosine(a @ roots[0] @ u, b @ roots[1] @ vt.T)
     np.testing.assert_allclose(teacher.affinity(image, text), expected, atol=1e-4)
     same = cca(moments, ridge=0.7 / 49)
-    for got, want in zip(teacher, same, strict=True):
+    for got, want in zip(teacher[:5], same[:5], strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
@@ -180,7 +180,8 @@ def test_rotated_features_give_the_same_affinity(fit, seed):
 def test_row_length_does_not_matter_and_dtype_is_float32(fit):
     image, text = _pairs(30, 6, 5)
     teacher = fit(moments_of([(image, text)]), dim=3)
-    for array in teacher:
+    assert teacher.image_columns is None and teacher.text_columns is None
+    for array in teacher[:5]:
         assert isinstance(array, jax.Array) and array.dtype == jnp.float32
     scales = np.geomspace(0.1, 10, 30)[:, None]
     other = fit(moments_of([(image * scales, text / scales)]), dim=3)
