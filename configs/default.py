@@ -15,7 +15,7 @@ def get_config(arg=None):
     config = default_config()
 
     config.seed = 0  # draws the pairs, the initial weights and the batches
-    config.steps = 2_000
+    config.steps = 2_000  # 0: nothing is trained, the aligner is its start (a teacher, say)
     config.objective = "sotalign"  # sotalign | sail (pairs alone) | sail_semi (unpaired negatives)
 
     # ---- rows
@@ -55,6 +55,16 @@ def get_config(arg=None):
     config.teacher.center = "pairs"  # means of the pairs, or of the unpaired rows: unpaired
     config.teacher.steps = 1_000  # contrastive only
     config.teacher.learning_rate = 1e-3  # contrastive only
+    # Not in the paper: columns of unit rows minus their mean, over their standard deviation to this
+    # power, and unit rows again; the deviations are those of pairs and unpaired rows together. The
+    # aligner inherits it. 0: off, 0.5: half of the way to 1, at which all columns weigh the same.
+    config.teacher.standardize.image = 0.0
+    config.teacher.standardize.text = 0.0
+    # Not in the paper: fit the CCA again on its pairs and on the unpaired rows, coupled by its own
+    # transport plan, which then count for `weight` of every covariance. 0: off, else below 1.
+    config.teacher.refit.weight = 0.0
+    config.teacher.refit.epsilon = 0.02  # of that plan
+    config.teacher.refit.rounds = 1
 
     # ---- alignment layers
     config.model.init = "random"  # random | teacher (helps with few pairs; linear, no LayerNorm)

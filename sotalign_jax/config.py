@@ -74,6 +74,13 @@ def default_config() -> Config:
     config.teacher.center = "pairs"
     config.teacher.steps = 1_000
     config.teacher.learning_rate = 1e-3
+    config.teacher.standardize = ml_collections.ConfigDict()
+    config.teacher.standardize.image = 0.0
+    config.teacher.standardize.text = 0.0
+    config.teacher.refit = ml_collections.ConfigDict()
+    config.teacher.refit.weight = 0.0
+    config.teacher.refit.epsilon = 0.02
+    config.teacher.refit.rounds = 1
 
     config.model = ml_collections.ConfigDict()
     config.model.init = "random"
@@ -158,7 +165,6 @@ _CHOICES = {
     ),
 }
 _POSITIVE = (
-    "steps",
     "data.n_pairs",
     "data.resident_gib",
     "model.dim",
@@ -173,9 +179,12 @@ _POSITIVE = (
     "log_every",
     "teacher.steps",
     "teacher.learning_rate",
+    "teacher.refit.epsilon",
+    "teacher.refit.rounds",
 )
 _NOT_NEGATIVE = (
     "seed",
+    "steps",
     "data.n_unpaired",
     "mesh.devices",
     "data.files.n_val",
@@ -312,6 +321,7 @@ def _check_values(config: Config) -> None:
                 "config.teacher.center: the contrastive teacher centres on the pairs; must be "
                 f"'pairs', got {config.teacher.center!r}"
             )
+    _check_extensions(config)
     for name in ("seeds", "tune_seeds"):
         seeds = config.compare[name]
         if not all(isinstance(s, int) and s >= 0 for s in seeds) or len(set(seeds)) < len(seeds):
@@ -320,6 +330,26 @@ def _check_values(config: Config) -> None:
             )
     if config.loss.teacher_epsilon == 0 and config.loss.divergence == "klot":
         raise ConfigError("config.loss.teacher_epsilon: must be positive for klot, got 0")
+
+
+def _check_extensions(config: Config) -> None:
+    """What standardised columns and a refit of the teacher need of the other fields."""
+    refit, standardize = config.teacher.refit, config.teacher.standardize
+    if not 0 <= refit.weight < 1:
+        raise ConfigError(f"config.teacher.refit.weight: must lie in [0, 1), got {refit.weight}")
+    if refit.weight and config.teacher.name != "cca":
+        raise ConfigError(
+            f"config.teacher.refit.weight: only a cca can be refitted, not "
+            f"{config.teacher.name!r}; set 0 or teacher.name='cca'"
+        )
+    for side, power in standardize.items():
+        if not 0 <= power <= 1:
+            raise ConfigError(f"config.teacher.standardize.{side}: must lie in [0, 1], got {power}")
+        if power and not config.model.normalize:
+            raise ConfigError(
+                f"config.teacher.standardize.{side}: columns are standardised of rows of unit "
+                "length; set model.normalize=True, or 0"
+            )
 
 
 def flatten(config: Config, prefix: str = "") -> dict[str, Any]:

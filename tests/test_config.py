@@ -92,7 +92,18 @@ def test_a_recorded_configuration_is_the_configuration():
         ("model.layer_norm", "yes", r"config.model.layer_norm: must be of type bool"),
         ("data.files.image", 3, r"config.data.files.image: must be of type str"),
         ("compare.seeds", 3, r"config.compare.seeds: must be of type tuple"),
-        ("steps", 0, r"config.steps: must be positive, got 0"),
+        ("steps", -1, r"config.steps: must not be negative, got -1"),
+        ("log_every", 0, r"config.log_every: must be positive, got 0"),
+        ("teacher.refit.weight", 1.0, r"config.teacher.refit.weight: must lie in \[0, 1\), got 1"),
+        ("teacher.refit.weight", -0.1, r"config.teacher.refit.weight: must lie in \[0, 1\)"),
+        ("teacher.refit.epsilon", 0.0, r"config.teacher.refit.epsilon: must be positive, got 0"),
+        ("teacher.refit.rounds", 0, r"config.teacher.refit.rounds: must be positive, got 0"),
+        (
+            "teacher.standardize.image",
+            1.5,
+            r"config.teacher.standardize.image: .*\[0, 1\], got 1.5",
+        ),
+        ("teacher.standardize.text", float("nan"), r"config.teacher.standardize.text: .*\[0, 1\]"),
         ("loss.epsilon", float("nan"), r"config.loss.epsilon: must be positive, got nan"),
         ("loss.alpha", -0.1, r"config.loss.alpha: must not be negative, got -0.1"),
         ("seed", -1, r"config.seed: must not be negative"),
@@ -135,6 +146,14 @@ def test_what_cannot_be_run_is_named(name, value, message):
         (
             {"compare": {"methods": {"sail": {}}, "grids": {"sial": {"steps": (1,)}}}},
             r"config.compare.grids.sial: no such method; did you mean sail\?",
+        ),
+        (
+            {"teacher": {"name": "procrustes", "refit": {"weight": 0.3}}},
+            r"config.teacher.refit.weight: only a cca can be refitted, not 'procrustes'",
+        ),
+        (
+            {"teacher": {"standardize": {"text": 0.5}}, "model": {"normalize": False}},
+            r"config.teacher.standardize.text: .*set model.normalize=True",
         ),
     ],
 )

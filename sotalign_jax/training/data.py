@@ -12,15 +12,24 @@ from sotalign_jax import features
 from sotalign_jax.config import Config, ConfigError
 from sotalign_jax.features import FeatureTable, Pairs, Splits
 from sotalign_jax.teachers import (
+    Columns,
     LinearTeacher,
     Moments,
     cca,
+    column_moments_of,
+    columns_of,
     contrastive,
     moments_of,
     procrustes,
     recentered,
+    refit,
 )
-from sotalign_jax.teachers.moments import empty_moments, merge_moments, unit_rows64
+from sotalign_jax.teachers.moments import (
+    empty_moments,
+    merge_moments,
+    standardized_rows64,
+    unit_rows64,
+)
 from sotalign_jax.training.distributed import broadcast
 
 __all__ = ["fit_teacher", "load_splits", "load_test_pairs"]
@@ -207,49 +216,92 @@ def fit_teacher(config: Config, splits: Splits) -> LinearTeacher:
 
     Args:
         config: a validated configuration.
-        splits: its rows; the unpaired ones are read only for ``teacher.center = "unpaired"``.
+        splits: its rows; the unpaired ones are read only where ``teacher.center``,
+            ``teacher.standardize`` or ``teacher.refit`` asks for them.
 
     Returns:
         The teacher.
 
     Raises:
-        ValueError: pairs that do not support what is asked.
+        ValueError: rows that do not support what is asked.
     """
     settings = config.teacher
-    moments = _pair_moments(splits)
+    _check_unpaired(settings, splits)
+    image_columns, text_columns = (_columns(settings, splits, side) for side in ("image", "text"))
+    if settings.name == "contrastive":
+        return contrastive(
+            splits.pairs.image.array(),
+            splits.pairs.text.array(),
+            dim=settings.dim,
+            steps=settings.steps,
+            learning_rate=settings.learning_rate,
+            batch_size=min(len(splits.pairs), _CONTRASTIVE_BATCH),
+            seed=config.seed,
+            image_columns=image_columns,
+            text_columns=text_columns,
+        )
+    moments = _pair_moments(splits, image_columns, text_columns)
     if settings.center == "unpaired":
-        for table in (splits.unpaired_image, splits.unpaired_text):
-            if not len(table):
-                raise ConfigError(
-                    "config.teacher.center: 'unpaired' takes the means of the unpaired rows, but "
-                    f"{table.name} has none; take 'pairs'"
-                )
         moments = recentered(
-            moments, _unit_mean(splits.unpaired_image), _unit_mean(splits.unpaired_text)
+            moments,
+            _unit_mean(splits.unpaired_image, image_columns),
+            _unit_mean(splits.unpaired_text, text_columns),
         )
     dim = settings.dim or None
     if settings.name == "procrustes":
-        return procrustes(moments, dim=dim)
-    if settings.name == "cca":
-        return cca(
-            moments,
-            ridge=settings.ridge,
-            ridge_on=settings.ridge_on,
-            weighted=settings.weighted,
-            dim=dim,
+        return procrustes(moments, dim=dim)._replace(
+            image_columns=image_columns, text_columns=text_columns
         )
-    return contrastive(
-        splits.pairs.image.array(),
-        splits.pairs.text.array(),
-        dim=settings.dim,
-        steps=settings.steps,
-        learning_rate=settings.learning_rate,
-        batch_size=min(len(splits.pairs), _CONTRASTIVE_BATCH),
-        seed=config.seed,
+    options = {name: settings[name] for name in ("ridge", "ridge_on", "weighted")}
+    teacher = cca(moments, dim=dim, **options)._replace(
+        image_columns=image_columns, text_columns=text_columns
     )
+    if settings.refit.weight == 0:
+        return teacher
+    try:
+        return refit(
+            teacher,
+            moments,
+            splits.unpaired_image.array(),
+            splits.unpaired_text.array(),
+            **settings.refit.to_dict(),
+            **options,
+        )
+    except ValueError as error:
+        raise ConfigError(f"config.teacher.refit: {error}") from error
 
 
-def _pair_moments(splits: Splits) -> Moments:
+def _check_unpaired(settings: Config, splits: Splits) -> None:
+    """Raises ConfigError where a teacher needs unpaired rows that the data does not have."""
+    for table in (splits.unpaired_image, splits.unpaired_text):
+        if settings.center == "unpaired" and not len(table):
+            raise ConfigError(
+                "config.teacher.center: 'unpaired' takes the means of the unpaired rows, but "
+                f"{table.name} has none; take 'pairs'"
+            )
+        if settings.refit.weight and not len(table):
+            raise ConfigError(
+                "config.teacher.refit.weight: the refit couples the unpaired rows, but "
+                f"{table.name} has none; set 0"
+            )
+
+
+def _columns(settings: Config, splits: Splits, side: str) -> Columns | None:
+    """What standardises the columns of a side: those of its pairs and unpaired rows together."""
+    power = settings.standardize[side]
+    if not power:
+        return None
+    tables = (getattr(splits.pairs, side), getattr(splits, f"unpaired_{side}"))
+    chunks = (chunk for table in tables if len(table) for chunk in table.chunks(_CHUNK))
+    try:
+        return columns_of(column_moments_of(chunks), power=power)
+    except ValueError as error:
+        raise ConfigError(f"config.teacher.standardize.{side}: {error}") from error
+
+
+def _pair_moments(
+    splits: Splits, image_columns: Columns | None, text_columns: Columns | None
+) -> Moments:
     """Moments of the pairs, of which each of several processes reads a part.
 
     The parts, and the order in which they are added up, do not depend on the number of processes.
@@ -264,15 +316,18 @@ def _pair_moments(splits: Splits) -> Moments:
         if owner == jax.process_index():
             rows = np.arange(start, stop)
             chunks = (table.select(rows).chunks(_CHUNK) for table in (image, text))
-            moments = moments_of(zip(*chunks, strict=True))
+            moments = moments_of(
+                zip(*chunks, strict=True), image_columns=image_columns, text_columns=text_columns
+            )
         count, *rest = broadcast([np.asarray(moments.count), *moments[1:]], owner)
         total = merge_moments(total, Moments(int(count), *rest))
     return total
 
 
-def _unit_mean(table: FeatureTable) -> np.ndarray:
-    """Mean of the rows of a table, each scaled to unit length."""
+def _unit_mean(table: FeatureTable, columns: Columns | None) -> np.ndarray:
+    """Mean of the rows of a table, each scaled to unit length (and standardised)."""
     total = np.zeros(table.dim)
     for chunk in table.chunks(_CHUNK):
-        total += unit_rows64(chunk.astype(np.float64)).sum(axis=0)
+        rows = unit_rows64(chunk.astype(np.float64))
+        total += standardized_rows64(rows, columns).sum(axis=0)
     return total / len(table)

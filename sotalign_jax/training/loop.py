@@ -264,6 +264,8 @@ def init_aligner(config: Config, splits: Splits, teacher: LinearTeacher) -> Alig
         normalize=model.normalize,
         image_mean=teacher.image_mean if model.center else None,
         text_mean=teacher.text_mean if model.center else None,
+        image_columns=teacher.image_columns,
+        text_columns=teacher.text_columns,
     )
 
 

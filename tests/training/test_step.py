@@ -55,6 +55,15 @@ def small(**fields):
     return tiny(batch__unpaired=32, loss__threshold=1e-6, loss__max_iterations=5_000, **fields)
 
 
+# Both sides standardised, and the teacher refitted on the unpaired rows.
+EXTENSIONS = {
+    "teacher__standardize__image": 0.5,
+    "teacher__standardize__text": 1.0,
+    "teacher__refit__weight": 0.3,
+    "teacher__refit__epsilon": 0.1,
+}
+
+
 def named(params):
     """Parameters in float64 by path, ``image.linear.kernel`` for instance."""
     leaves, _ = jax.tree.flatten_with_path(params)
@@ -89,13 +98,17 @@ def siglip(params, image, text, normalization):
 def numpy_loss(run, params):
     loss, teacher = run.config.loss, run.teacher
     means = {s: np.asarray(getattr(teacher, f"{s}_mean"), np.float64) for s in ("image", "text")}
-    image, text = (
-        project(params, side, getattr(run.raw, f"pairs_{side}"), means[side]) for side in means
-    )
+
+    def rows(kind, side):
+        found = reference.unit(getattr(run.raw, f"{kind}_{side}"))
+        columns = getattr(teacher, f"{side}_columns")
+        return found if columns is None else (found - columns.mean) / columns.scale
+
+    image, text = (project(params, side, rows("pairs", side), means[side]) for side in means)
     if run.config.objective == "sail":
         return siglip(params, image, text, loss.normalization)
     more_image, more_text = (
-        project(params, side, getattr(run.raw, f"unpaired_{side}"), means[side]) for side in means
+        project(params, side, rows("unpaired", side), means[side]) for side in means
     )
     if run.config.objective == "sail_semi":
         return 0.5 * (
@@ -103,7 +116,7 @@ def numpy_loss(run, params):
             + siglip(params, np.r_[image, more_image], text, loss.normalization)
         )
     given = [
-        (reference.unit(getattr(run.raw, f"unpaired_{s}")) - means[s])
+        (reference.unit(rows("unpaired", s)) - means[s])
         @ np.asarray(getattr(teacher, f"{s}_weight"), np.float64)
         for s in means
     ]
@@ -121,8 +134,9 @@ def numpy_loss(run, params):
         small(objective="sail_semi"),
         small(objective="sail_semi", loss__normalization="rows", data__n_unpaired=32),
         small(objective="sotalign", loss__alpha=0.3),
+        small(objective="sotalign", loss__alpha=0.3, **EXTENSIONS),
     ],
-    ids=["sail", "sail rows", "sail_semi", "sail_semi rows", "sotalign"],
+    ids=["sail", "sail rows", "sail_semi", "sail_semi rows", "sotalign", "extensions"],
 )
 def test_first_step_is_what_float64_numpy_says(config):
     run = Run(config)
@@ -254,6 +268,17 @@ def test_resident_and_streamed_rows_train_alike():
         losses.append(float(one["train/loss"]))
     np.testing.assert_allclose(losses, metrics["train/loss"], rtol=1e-5)
     assert_close_states(resident, state)
+
+
+def test_streamed_rows_are_standardised_as_resident_ones():
+    run = Run(tiny(**EXTENSIONS, objective="sotalign", optimizer__learning_rate=1e-6))
+    _, metrics = run.resident(5)
+    state, losses = run.state(), []
+    for raw in stream_batches(run.tables, run.setup.streams, run.key, 0, 5):
+        state, one = run_streamed(run.setup, state, run.rest, run.teacher, raw)
+        losses.append(float(one["train/loss"]))
+    # At a rate at which the sign of a gradient that is all but zero does not matter.
+    np.testing.assert_allclose(losses, metrics["train/loss"], rtol=1e-5)
 
 
 def test_alpha_zero_is_sail_to_the_last_bit():
