@@ -32,7 +32,9 @@ def compare(config, workdir: str | os.PathLike, *, console: Console | None = Non
     """Train every method of ``config.compare`` on every seed; print and save one table.
 
     A method is the configuration with the fields of ``config.compare.methods.NAME`` put in. All
-    methods of a seed see the same pairs, the same unpaired rows and the same teacher. Where
+    methods of a seed see the same pairs and unpaired rows, and those that have no fields of
+    ``teacher`` the same teacher, which has a row of its own. Another teacher alone is a method with
+    its fields, ``steps=0`` and ``model.init="teacher"``. Where
     ``config.compare.tune_seeds`` is not empty, each method that has a grid is first tuned on the
     validation pairs of those seeds. Started again, finished runs are not repeated.
 

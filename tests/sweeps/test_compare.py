@@ -165,6 +165,55 @@ def test_methods_of_a_seed_share_their_inputs(monkeypatch, tmp_path):
     assert loaded == [(3, 64), (3, 32), (5, 64), (5, 32)]
 
 
+def test_another_teacher_alone_is_a_row(tmp_path):
+    plain = {"ridge": 1e-3, "refit": {"weight": 0.0}}
+    start = {"init": "teacher", "layer_norm": False}
+    methods = {
+        "cca_pairs": {"teacher": plain, "steps": 0},
+        "from_pairs": {"teacher": plain, "objective": "sail"},
+        "from_teacher": {"objective": "sail"},
+    }
+    home = tmp_path / "home"
+    config = comparison(
+        methods,
+        seeds=(3,),
+        teacher__refit__weight=0.3,
+        teacher__refit__epsilon=0.1,
+        teacher__standardize__image=0.5,
+        **{f"model__{name}": value for name, value in start.items()},
+    )
+    results = compare(config, home, console=quiet())
+    runs = {
+        name: json.loads((home / name / "seed_3" / "results.json").read_text()) for name in methods
+    }
+    # The row is the teacher that the other method of these fields started from, and not the
+    # comparison's own.
+    assert results["cca_pairs"]["3"] == runs["from_pairs"]["teacher_test"]
+    assert results["teacher"]["3"] == runs["from_teacher"]["teacher_test"]
+    assert results["cca_pairs"]["3"] != results["teacher"]["3"]
+    assert runs["cca_pairs"]["selected_step"] == 0
+    assert results["from_pairs"]["3"] != results["cca_pairs"]["3"]
+    # Done is done: nothing is trained or read again.
+    assert compare(config, home, console=quiet()) == results
+
+
+def test_methods_with_a_teacher_of_their_own_share_it_with_their_likes_alone(monkeypatch, tmp_path):
+    planted(monkeypatch, lambda config: 0.5)
+    loaded = []
+
+    def load(config):
+        loaded.append((config.seed, config.teacher.refit.weight, config.teacher.ridge))
+        return some_inputs()
+
+    monkeypatch.setattr(module, "load_inputs", load)
+    own = {"teacher": {"refit": {"weight": 0.0}}}
+    methods = {"a": {}, "b": own, "c": own | {"steps": 10}, "d": {"teacher": {"ridge": 0.5}}}
+    config = comparison(methods, seeds=(3,), teacher__refit__weight=0.3)
+    results = compare(config, tmp_path / "home", console=quiet())
+    assert loaded == [(3, 0.3, 0.1), (3, 0.0, 0.1), (3, 0.3, 0.5)]
+    assert results["teacher"]["3"]["mean_recall@1"] == 0.25
+
+
 def test_tuning_takes_the_point_that_is_best_on_validation(monkeypatch, tmp_path):
     # In the mean over both tuning seeds alpha 0.1 wins, though alpha 1 has the best single draw.
     scores = {(0.01, 7): 0.2, (0.01, 8): 0.2, (0.1, 7): 0.5, (0.1, 8): 0.5}
@@ -197,7 +246,7 @@ def test_tuning_takes_the_point_that_is_best_on_validation(monkeypatch, tmp_path
             r"config.compare.methods.bad.loss.alhpa: no such field; did you mean loss.alpha",
         ),
         ({"good": {}, "bad": {"steps": "many"}}, {}, "config.compare.methods.bad.steps: .* int"),
-        ({"good": {}, "bad": {"steps": 0}}, {}, "config.steps: must be positive"),
+        ({"good": {}, "bad": {"steps": -1}}, {}, "config.steps: must not be negative"),
         ({"good": {}, "teacher": {}}, {}, "config.compare.methods.teacher: this name is taken"),
         ({"a": {}}, {"grids": {"b": {"steps": (10,)}}}, "config.compare.grids.b: no such method"),
     ],
