@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from tiny_runs import from_teacher, records, tensors, tiny
+from tiny_runs import assert_same_parameters, from_teacher, records, tiny
 
 from sotalign_jax.config import ConfigError, validate
 from sotalign_jax.features import FeatureTable
@@ -23,9 +23,7 @@ def run(path, devices, make=tiny, **fields):
 
 
 def assert_close(one, other):
-    left, right = tensors(one), tensors(other)
-    for name, value in left.items():
-        np.testing.assert_allclose(right[name], value, rtol=1e-5, atol=2e-6, err_msg=name)
+    assert_same_parameters(one, other)
     for a, b in zip(records(one), records(other), strict=True):
         assert a.keys() == b.keys()
         np.testing.assert_allclose(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_runs import CONFIG_FILE, records, results, tensors
+from tiny_runs import CONFIG_FILE, assert_same_parameters, records, results
 
 TESTS = Path(__file__).parents[1]
 # AdamW: Lion moves by the sign of a gradient, which hides small differences and blows up others.
@@ -70,10 +70,7 @@ def wait_for_checkpoint(workdir, group):
 
 
 def assert_close(one, other):
-    left, right = tensors(one), tensors(other)
-    assert left.keys() == right.keys()
-    for name, value in left.items():
-        np.testing.assert_allclose(right[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+    assert_same_parameters(one, other)
     assert [r["step"] for r in records(one)] == [r["step"] for r in records(other)]
     losses = [[r["train/loss"] for r in records(run)] for run in (one, other)]
     np.testing.assert_allclose(*losses, rtol=1e-4)
