@@ -28,6 +28,7 @@ def tiny(**fields) -> Config:
     config.loss.alpha = 0.01
     config.optimizer.learning_rate = 1e-3
     config.steps = 40
+    config.mesh.devices = 1  # of the eight that the tests have
     config.eval_every = 10
     config.checkpoint_every = 10
     for name, value in fields.items():

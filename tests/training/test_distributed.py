@@ -54,6 +54,8 @@ GKE_TPU = {
     "MEGASCALE_SLICE_ID": "1",
 }
 
+DEFAULTS = {"initialization_timeout": 300, "heartbeat_timeout_seconds": 100}
+
 
 @pytest.fixture
 def initialized(monkeypatch):
@@ -152,15 +154,16 @@ def test_several_processes(environment, expected, method, initialized, monkeypat
 def test_arguments_go_before_the_environment(initialized, monkeypatch):
     put(monkeypatch, SETTINGS | {"SOTALIGN_START_TIMEOUT": "7"})
     assert start("[::1]:99", 3, 2) == Start("settings", 2, 3)
-    assert start("host:99", timeout=11) == Start("settings", 0, 4)
+    assert start("host:99", timeout=11, heartbeat=13) == Start("settings", 0, 4)
     assert [call["coordinator_address"] for call in initialized] == ["[::1]:99", "host:99"]
     assert [call["initialization_timeout"] for call in initialized] == [7, 11]
+    assert [call["heartbeat_timeout_seconds"] for call in initialized] == [100, 13]
 
 
 def test_tpu_hosts_on_gke(initialized, on_tpu, monkeypatch):
     put(monkeypatch, GKE_TPU)
     assert start() == Start("tpu", 7, 8)
-    assert initialized == [{"initialization_timeout": 300, "cluster_detection_method": "gketpu"}]
+    assert initialized == [DEFAULTS | {"cluster_detection_method": "gketpu"}]
     put(monkeypatch, {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"})
     put(monkeypatch, {"MEGASCALE_NUM_SLICES": "1", "MEGASCALE_SLICE_ID": "0"})
     assert start() == Start("single", 0, 1)
@@ -203,7 +206,7 @@ def test_pods_of_an_indexed_job(initialized, monkeypatch):
     monkeypatch.setattr(K8sCluster, "is_env_present", classmethod(lambda cls: True))
     monkeypatch.setattr(K8sCluster, "get_process_count", classmethod(lambda cls: 4))
     assert start() == Start("kubernetes", 2, 4)
-    assert initialized == [{"initialization_timeout": 300, "cluster_detection_method": None}]
+    assert initialized == [DEFAULTS | {"cluster_detection_method": None}]
 
     def forbidden(cls):
         raise RuntimeError("Kubernetes API Error: 403")
@@ -343,11 +346,16 @@ def test_two_processes_sum_and_agree_to_stop():
         assert f"process {number} of 2 (settings): waiting for the others" in errors
 
 
-def test_training_on_several_processes_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(distributed, "start", lambda: Start("slurm", 1, 4))
-    with pytest.raises(ValueError, match=r"one of 4 processes \(slurm\).*one process on one host"):
-        commands.train(tiny(), str(tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
+def test_only_the_first_of_several_processes_prints(tmp_path, monkeypatch, capsys):
+    results = {"test": {}, "teacher_test": {}, "selected_step": 1}
+    monkeypatch.setattr(commands.training, "train", lambda *_, **__: results)
+    for index in (1, 0):
+        monkeypatch.setattr(distributed, "start", lambda index=index: Start("slurm", index, 2))
+        table = []
+        monkeypatch.setattr(commands, "add_scores", lambda *row, table=table: table.append(row))
+        assert commands.train(tiny(), str(tmp_path / "run")) is results
+        assert bool(table) == (index == 0)
+        assert ("aligner saved in" in capsys.readouterr().out) == (index == 0)
 
 
 def test_half_given_settings_on_the_command_line(tmp_path, monkeypatch, initialized):

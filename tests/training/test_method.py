@@ -13,6 +13,7 @@ from sotalign_jax.training import train
 
 def platonic(**fields):
     config = default_config()
+    config.mesh.devices = 1
     config.update_from_flattened_dict(
         {
             "data.name": "platonic",

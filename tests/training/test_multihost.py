@@ -14,7 +14,13 @@ from tiny_runs import CONFIG_FILE, assert_same_parameters, records, results
 
 TESTS = Path(__file__).parents[1]
 # AdamW: Lion moves by the sign of a gradient, which hides small differences and blows up others.
-FIELDS = ("optimizer.name=adamw", "loss.alpha=1.0", "loss.iterations=20", "steps=60")
+FIELDS = (
+    "optimizer.name=adamw",
+    "loss.alpha=1.0",
+    "loss.iterations=20",
+    "steps=60",
+    "mesh.devices=0",
+)
 
 
 def free_port():
