@@ -70,12 +70,27 @@ def test_killed_while_a_checkpoint_is_written(tmp_path):
     assert_survives(tmp_path, ":teacher", ["--config.select=best"], moments)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("arg", ["", ":teacher"], ids=["random", "teacher"])
+STARTS = {"random": "", "teacher": ":teacher"}
+FLAGS = {
+    "last": [],
+    "best": ["--config.select=best"],
+    "streamed": ["--config.data.resident=never"],
+}
+SAMPLE = {("random", "best"), ("teacher", "streamed")}
+
+
 @pytest.mark.parametrize(
-    "flags",
-    [[], ["--config.select=best"], ["--config.data.resident=never"]],
-    ids=["last", "best", "streamed"],
+    "arg,flags",
+    [
+        pytest.param(
+            STARTS[start],
+            FLAGS[flags],
+            id=f"{start}-{flags}",
+            marks=[] if (start, flags) in SAMPLE else pytest.mark.slow,
+        )
+        for start in STARTS
+        for flags in FLAGS
+    ],
 )
 def test_killed_at_random_moments(tmp_path, arg, flags):
     delays = np.random.default_rng(len(arg) + len(flags)).uniform(0, 0.3, size=6)

@@ -42,7 +42,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+SAMPLE = ("klot", "klot streamed, rows from disk", "sail_semi", "cka")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[] if c in SAMPLE else pytest.mark.slow) for c in CASES]
+)
 def test_equals_one_device(case, tmp_path):
     devices, fields = CASES[case]
     assert_close(run(tmp_path / "one", 1, **fields), run(tmp_path / "mesh", devices, **fields))

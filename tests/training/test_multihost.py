@@ -92,7 +92,6 @@ def alone(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.slow
 def test_killing_one_process_ends_both_and_the_same_command_resumes(alone, tmp_path):
     group = start(tmp_path / "run", processes=2, devices=2)
     wait_for_checkpoint(tmp_path / "run", group)
@@ -104,7 +103,6 @@ def test_killing_one_process_ends_both_and_the_same_command_resumes(alone, tmp_p
     assert_close(alone, tmp_path / "run")
 
 
-@pytest.mark.slow
 def test_sigterm_to_one_stops_all_and_one_device_goes_on(alone, tmp_path):
     """Rows from disk, so that each process reads its share."""
     flags = ("data.resident=never",)
