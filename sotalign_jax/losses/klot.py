@@ -271,17 +271,19 @@ def _solve_both(static, student, teacher, epsilon, teacher_epsilon, marginals, t
         ("teacher", teacher, teacher_epsilon, threshold[1], init[1]),
     ):
         try:
-            plan = solve(
-                affinity,
-                regularisation,
-                a=marginals[0],
-                b=marginals[1],
-                threshold=stop,
-                max_iterations=max_iterations,
-                iterations=iterations,
-                init=start,
-                axis_name=axis_name,
-            )
+            # Profiles tell the two solves apart by this name.
+            with jax.named_scope(f"{name}_plan"):
+                plan = solve(
+                    affinity,
+                    regularisation,
+                    a=marginals[0],
+                    b=marginals[1],
+                    threshold=stop,
+                    max_iterations=max_iterations,
+                    iterations=iterations,
+                    init=start,
+                    axis_name=axis_name,
+                )
         except ProblemError as error:
             raise ProblemError(f"{name} plan: {error}") from error
         plans.append(plan)

@@ -289,7 +289,8 @@ class Aligner(nnx.Module):
         Returns:
             ``(n, dim)`` float32.
         """
-        return self.image(preprocessed)
+        with jax.named_scope("project"):
+            return self.image(preprocessed)
 
     def project_text(self, preprocessed: Float[Array, "*n text_dim"]) -> Float[Array, "*n dim"]:
         """The text layer alone, for features that were preprocessed once; not normalised.
@@ -303,7 +304,8 @@ class Aligner(nnx.Module):
         Returns:
             ``(n, dim)`` float32.
         """
-        return self.text(preprocessed)
+        with jax.named_scope("project"):
+            return self.text(preprocessed)
 
     def embed_image(self, raw: Float[ArrayLike, "*n image_dim"]) -> Float[Array, "*n dim"]:
         """Raw image features to unit rows of the shared space.

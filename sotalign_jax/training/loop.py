@@ -131,8 +131,8 @@ def _train(
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     mesh = setup.mesh
     state, fixed, projector, key = replicate((state, rest, teacher, key), mesh)
-    tables = _raw_tables(splits, unpaired=setup.loss.unpaired)
-    resident = _fits(config, tables, teacher)
+    tables = raw_tables(splits, unpaired=setup.loss.unpaired)
+    resident = fits(config, tables, teacher)
     if resident:
         raw = Batch(*(place_table(table, mesh) for table in tables))
         tables = jax.jit(prepare, static_argnums=0)(setup, state.params, fixed, projector, raw)
@@ -274,7 +274,7 @@ def _merge(setup: Setup, params: Variables, rest: Variables) -> Aligner:
     return nnx.merge(setup.graph, local_copy(params), rest)
 
 
-def _raw_tables(splits: Splits, *, unpaired: bool) -> Batch:
+def raw_tables(splits: Splits, *, unpaired: bool) -> Batch:
     """The sources of a run; none of the unpaired rows for an objective that reads none."""
     image, text = splits.unpaired_image, splits.unpaired_text
     if not unpaired:
@@ -282,7 +282,7 @@ def _raw_tables(splits: Splits, *, unpaired: bool) -> Batch:
     return Batch(splits.pairs.image, splits.pairs.text, image, text)
 
 
-def _fits(config: Config, tables: Batch, teacher: LinearTeacher) -> bool:
+def fits(config: Config, tables: Batch, teacher: LinearTeacher) -> bool:
     """Whether all rows fit into the memory set aside for them, raw and prepared at once."""
     if config.data.resident != "auto":
         return config.data.resident == "always"

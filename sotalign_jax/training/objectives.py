@@ -158,6 +158,7 @@ DIVERGENCES: dict[str, Callable[..., tuple[Array, Metrics]]] = {
 }
 
 
+@jax.named_scope("siglip")
 def sail(aligner: Aligner, batch: Batch, settings: LossSettings) -> tuple[Array, Metrics]:
     """SigLIP on the pairs alone: the supervised baseline (SAIL, CVPR 2025)."""
     image = aligner.project_image(batch.pairs_image)
@@ -177,6 +178,7 @@ def sail(aligner: Aligner, batch: Batch, settings: LossSettings) -> tuple[Array,
     return value, {"train/siglip": value}
 
 
+@jax.named_scope("siglip")
 def sail_semi(aligner: Aligner, batch: Batch, settings: LossSettings) -> tuple[Array, Metrics]:
     """SAIL with the unpaired rows as further negatives, averaged over both sides."""
     pairs = (aligner.project_image(batch.pairs_image), aligner.project_text(batch.pairs_text))
@@ -214,12 +216,13 @@ def sotalign(aligner: Aligner, batch: Batch, settings: LossSettings) -> tuple[Ar
     value, metrics = sail(aligner, batch, settings)
     if settings.alpha == 0:
         return value, metrics
-    divergence, more = DIVERGENCES[settings.divergence](
-        aligner.project_image(batch.unpaired_image),
-        aligner.project_text(batch.unpaired_text),
-        batch,
-        settings,
-    )
+    with jax.named_scope("divergence"):
+        divergence, more = DIVERGENCES[settings.divergence](
+            aligner.project_image(batch.unpaired_image),
+            aligner.project_text(batch.unpaired_text),
+            batch,
+            settings,
+        )
     return value + settings.alpha * divergence, metrics | more
 
 

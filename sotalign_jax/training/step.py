@@ -149,10 +149,12 @@ def _step(
         aligner = nnx.merge(setup.graph, params, rest)
         return OBJECTIVES[setup.loss.objective](aligner, batch, setup.loss)
 
+    # Scopes name the parts of a step in profiles; see benchmarks/step.py.
     (loss, metrics), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-    optimizer = setup.optimizer.transformation()
-    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-    params: Variables = optax.apply_updates(state.params, updates)
+    with jax.named_scope("optimizer"):
+        optimizer = setup.optimizer.transformation()
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params: Variables = optax.apply_updates(state.params, updates)
     metrics = {
         "train/loss": loss,
         **metrics,
@@ -196,12 +198,18 @@ def _steps(
 
     def one(carry, _):
         state, orders = carry
+        with jax.named_scope("draw"):
+            orders, batch = draw(state.step, orders)
+        state, metrics = _step(setup, state, rest, batch)
+        return (state, orders), metrics
+
+    def draw(step, orders):
         orders = tuple(
-            advance(stream, key, state.step, order)
+            advance(stream, key, step, order)
             for stream, order in zip(setup.streams, orders, strict=True)
         )
         rows = {
-            stream.number: batch_rows(stream, order, state.step)
+            stream.number: batch_rows(stream, order, step)
             for stream, order in zip(setup.streams, orders, strict=True)
         }
 
@@ -212,7 +220,7 @@ def _steps(
                 return jnp.take(table, rows[stream.number], axis=0)
             return take_rows(table, rows[stream.number])
 
-        batch = Batch(
+        return orders, Batch(
             take(tables.pairs_image, pairs),
             take(tables.pairs_text, pairs),
             take(tables.unpaired_image, image),
@@ -220,8 +228,6 @@ def _steps(
             take(tables.teacher_image, image),
             take(tables.teacher_text, text),
         )
-        state, metrics = _step(setup, state, rest, batch)
-        return (state, orders), metrics
 
     orders = tuple(first_order(stream, key, state.step) for stream in setup.streams)
     (state, _), metrics = jax.lax.scan(one, (state, orders), None, length=length)
