@@ -6,6 +6,9 @@ whose call takes both affinities and returns the divergence. Without ``--referen
 is a plain log-sum-exp Sinkhorn loop in JAX. Both sides see the same two matrices, in one process,
 and take turns; the marginal errors are those of the plans themselves, summed up in float64.
 
+``--memory dense,streamed --devices 1,2`` also measures the loss from embeddings on, in these forms
+and spread over so many devices.
+
 Measure on an idle machine. On a busy one PyTorch's threads wait for each other and it can seem
 twenty times slower than it is; the printed load average tells, and OMP_NUM_THREADS=1 avoids it.
 """
@@ -22,7 +25,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +34,7 @@ from jaxtyping import Float
 from rich.console import Console
 from rich.table import Table
 
+from sotalign_jax.benchmarks.programs import Memory, check_devices, compiled_klot, whole_numbers
 from sotalign_jax.features.embedded import emoji_table, openclipart_table
 from sotalign_jax.files import replace_text
 from sotalign_jax.losses import klot_from_affinity
@@ -38,7 +42,16 @@ from sotalign_jax.numerics import unit_rows
 from sotalign_jax.teachers import cca, moments_of
 from sotalign_jax.transport import solve
 
-__all__ = ["Contender", "affinities", "load_reference", "main", "ours", "plain_loop", "run"]
+__all__ = [
+    "Contender",
+    "affinities",
+    "embeddings",
+    "load_reference",
+    "main",
+    "ours",
+    "plain_loop",
+    "run",
+]
 
 EPSILON, TEACHER_EPSILON = 0.05, 0.01
 # The paper's Sinkhorn iterations, which the other side does for each plan.
@@ -51,6 +64,9 @@ THRESHOLDS = (1e-3, 1e-4, 1e-5, 3e-6)
 UNKNOWN_THRESHOLD = 1e-4
 # Errors below this are float32 rounding of the potentials, and do not count as worse.
 FLOAT32_FLOOR = 2e-6
+
+# What `klot(memory=...)` may be asked for here.
+FORMS = ("dense", "streamed")
 
 Matrix = Float[np.ndarray, "n m"]
 
@@ -70,8 +86,8 @@ class Contender(NamedTuple):
     plans: Callable[[], tuple[Any, Any] | None]
 
 
-def affinities(n: int, seed: int = 0) -> tuple[Float[np.ndarray, "n n"], Float[np.ndarray, "n n"]]:
-    """A student's and a CCA teacher's affinity of the real features that ship with the package.
+def embeddings(n: int, seed: int = 0) -> tuple[Float[np.ndarray, "n d"], ...]:
+    """A student's and a CCA teacher's embeddings of the features that ship with the package.
 
     The teacher is fitted on the emoji pairs; images and texts are then drawn independently from
     emoji and clip art. The student is the teacher with noise on its embeddings.
@@ -81,7 +97,7 @@ def affinities(n: int, seed: int = 0) -> tuple[Float[np.ndarray, "n n"], Float[n
         seed: of the draw and of the noise.
 
     Returns:
-        ``(student, teacher)``, both ``(n, n)`` float32 cosines.
+        Images and texts of the student, then those of the teacher; unit rows, float32.
     """
     draw = np.random.default_rng(seed)
     emoji = [emoji_table(view).array() for view in ("google", "label_tags")]
@@ -98,6 +114,12 @@ def affinities(n: int, seed: int = 0) -> tuple[Float[np.ndarray, "n n"], Float[n
             rows = _noisy(draw, rows, 0.05)
         sides.append((_noisy(draw, rows, 0.5), rows))
     (student_image, image), (student_text, text) = sides
+    return student_image, student_text, image, text
+
+
+def affinities(n: int, seed: int = 0) -> tuple[Float[np.ndarray, "n n"], Float[np.ndarray, "n n"]]:
+    """The affinities of `embeddings`: ``(student, teacher)``, both ``(n, n)`` float32 cosines."""
+    student_image, student_text, image, text = embeddings(n, seed)
     return student_image @ student_text.T, image @ text.T
 
 
@@ -247,6 +269,8 @@ def run(
     reference: str | os.PathLike[str] | None = None,
     repeats: int = 5,
     seed: int = 0,
+    memory: Sequence[str] = (),
+    devices: Sequence[int] = (1,),
 ) -> dict[str, Any]:
     """Measure everything, in one process.
 
@@ -255,6 +279,8 @@ def run(
         reference: PyTorch file to compare with; by default :func:`plain_loop`.
         repeats: timed calls of each contender, which take turns; the median counts.
         seed: of the affinities.
+        memory: forms of :func:`sotalign_jax.losses.klot` to measure too, from embeddings.
+        devices: numbers of devices to spread each of them over.
 
     Returns:
         A JSON-able dict; ``contenders`` lists, for each, its name, ``seconds`` of all calls,
@@ -262,6 +288,9 @@ def run(
         float64 L1 ``errors`` of rows and columns of both plans (empty if not known). The first
         is the other side. The second is ours at the loosest thresholds whose plans are no worse
         than the other side's (down to what float32 can tell), the third ours at the default.
+        ``forms`` lists, for each form and number of devices, ``seconds``, ``median_seconds``,
+        ``ratio`` (the first form's median over its own), ``temporary_bytes`` (temporary arrays of
+        one device, as compiled), ``value``, and differences to the first form.
 
     Raises:
         ValueError: if ``n`` or ``repeats`` is too small, or the reference cannot be used.
@@ -270,6 +299,10 @@ def run(
         raise ValueError(f"n must be at least 2, got {n}")
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
+    for form in memory:
+        if form not in FORMS:
+            raise ValueError(f"memory must be of {', '.join(FORMS)}, got {form!r}")
+    check_devices(devices, n)
     student, teacher = affinities(n, seed)
     if reference is None:
         other = plain_loop(student, teacher)
@@ -283,13 +316,7 @@ def run(
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
     results = [contender.call() for contender in contenders]  # and compile
-    seconds: list[list[float]] = [[] for _ in contenders]
-    for _ in range(repeats):
-        for contender, times in zip(contenders, seconds, strict=True):
-            start = time.perf_counter()
-            contender.call()
-            times.append(time.perf_counter() - start)
-
+    seconds = _take_turns([contender.call for contender in contenders], repeats)
     medians = [statistics.median(times) for times in seconds]
     gradients = [np.asarray(gradient, np.float64) for _, gradient in results]
     rows = [
@@ -315,11 +342,64 @@ def run(
         "reference": None if reference is None else pathlib.Path(reference).name,
         "largest_gradient": float(np.abs(gradients[0]).max()),
         "contenders": rows,
+        "forms": _forms(n, cast(Any, memory), devices, repeats, seed) if memory else [],
         "cpus": os.cpu_count(),
         "load_average": load,
         "device": jax.devices()[0].device_kind,
         "versions": _versions(),
     }
+
+
+def _take_turns(calls: Sequence[Callable[[], Any]], repeats: int) -> list[list[float]]:
+    """Seconds of each call, ``repeats`` times."""
+    seconds: list[list[float]] = [[] for _ in calls]
+    for _ in range(repeats):
+        for call, times in zip(calls, seconds, strict=True):
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+    return seconds
+
+
+def _forms(
+    n: int, memory: Sequence[Memory], devices: Sequence[int], repeats: int, seed: int
+) -> list[dict[str, Any]]:
+    """Each form of the loss on each number of devices, at its default thresholds."""
+    rows = embeddings(n, seed)
+    asked: list[tuple[Memory, int]] = [(form, count) for form in memory for count in devices]
+    programs = [compiled_klot(n, rows[0].shape[1], count, form) for form, count in asked]
+    arguments = [
+        [jax.device_put(row, to) for row, to in zip(rows, program.input_shardings[0], strict=True)]
+        for program in programs
+    ]
+
+    def calling(program, given):
+        return lambda: jax.block_until_ready(program(*given))
+
+    calls = [calling(*both) for both in zip(programs, arguments, strict=True)]
+    results = [call() for call in calls]
+    seconds = _take_turns(calls, repeats)
+    medians = [statistics.median(times) for times in seconds]
+    gradients = [[np.asarray(side) for side in gradient] for _, gradient in results]
+    return [
+        {
+            "memory": form,
+            "devices": count,
+            "seconds": times,
+            "median_seconds": median,
+            "ratio": medians[0] / median,
+            "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
+            "value": float(result[0]),
+            "value_difference": abs(float(result[0]) - float(results[0][0])),
+            "gradient_difference": max(
+                float(np.abs(side - first).max())
+                for side, first in zip(gradient, gradients[0], strict=True)
+            ),
+        }
+        for (form, count), program, times, median, result, gradient in zip(
+            asked, programs, seconds, medians, results, gradients, strict=True
+        )
+    ]
 
 
 def _matched(student, teacher, target) -> tuple[float, float]:
@@ -394,6 +474,30 @@ def _table(report: dict[str, Any]) -> Table:
     return table
 
 
+def _forms_table(report: dict[str, Any]) -> Table:
+    table = Table(
+        title=f"The same from embeddings, n = {report['n']:,}, default thresholds",
+        caption="Differences, of gradients with respect to embeddings, are to the first row.",
+    )
+    table.add_column("memory")
+    for heading in ("devices", "time", "ratio", "temporary, a device", "value"):
+        table.add_column(heading, justify="right")
+    table.add_column("value diff.", justify="right")
+    table.add_column("max grad. diff.", justify="right")
+    for row in report["forms"]:
+        table.add_row(
+            row["memory"],
+            str(row["devices"]),
+            f"{row['median_seconds']:.3g} s",
+            f"{row['ratio']:.2f}",
+            f"{row['temporary_bytes'] / 2**20:.1f} MiB",
+            f"{row['value']:.5f}",
+            f"{row['value_difference']:.1e}",
+            f"{row['gradient_difference']:.1e}",
+        )
+    return table
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line: measure, print one table, and with ``--json`` write the numbers.
 
@@ -407,15 +511,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--n", type=int, default=4096, help="images and texts in the batch")
     parser.add_argument("--reference", help="PyTorch file with a class KLOT; executed")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls; the median counts")
+    parser.add_argument("--memory", help="also from embeddings: dense,streamed or one of them")
+    parser.add_argument("--devices", help="with --memory: numbers of devices, as in 1,2,4")
     parser.add_argument("--json", type=pathlib.Path, help="file to write the numbers to")
     options = parser.parse_args(arguments)
     if options.json is not None and not options.json.resolve().parent.is_dir():
         parser.error(f"--json: there is no directory {options.json.resolve().parent}")
+    if options.devices is not None and options.memory is None:
+        parser.error(
+            "--devices: spreads the forms that --memory names; give --memory dense,streamed"
+        )
     try:
-        report = run(options.n, reference=options.reference, repeats=options.repeats)
+        report = run(
+            options.n,
+            reference=options.reference,
+            repeats=options.repeats,
+            memory=options.memory.split(",") if options.memory else (),
+            devices=whole_numbers("devices", options.devices or "1"),
+        )
     except ValueError as error:
         parser.error(str(error))
     Console(width=max(160, Console().width)).print(_table(report))
+    if report["forms"]:
+        Console(width=max(160, Console().width)).print(_forms_table(report))
     if options.json is not None:
         replace_text(options.json, json.dumps(report, indent=2) + "\n")
 

@@ -119,6 +119,23 @@ def test_a_torch_reference(tmp_path, with_sinkhorn):
         np.testing.assert_allclose(other["errors"]["teacher"]["columns"], columns, rtol=0.05)
 
 
+def test_forms(tmp_path, capsys):
+    path = tmp_path / "numbers.json"
+    arguments = ["--n", "48", "--repeats", "2", "--json", str(path)]
+    benchmark.main([*arguments, "--memory", "dense,streamed", "--devices", "2"])
+    assert "temporary, a device" in capsys.readouterr().out
+    forms = json.loads(path.read_text())["forms"]
+    assert [form["memory"] for form in forms] == ["dense", "streamed"]
+    value, _ = reference.klot(*benchmark.affinities(48), 0.05, 0.01)
+    for form in forms:
+        np.testing.assert_allclose(form["value"], value, rtol=1e-2)
+        assert form["value_difference"] < 1e-3 and form["gradient_difference"] < 1e-3
+        assert len(form["seconds"]) == form["devices"] == 2 and form["temporary_bytes"] > 0
+        np.testing.assert_allclose(
+            form["ratio"], forms[0]["median_seconds"] / form["median_seconds"]
+        )
+
+
 class TestErrors:
     def test_a_missing_file(self, capsys):
         with pytest.raises(SystemExit):
@@ -148,3 +165,18 @@ class TestErrors:
         with pytest.raises(SystemExit):
             benchmark.main(["--n", "16", "--json", str(tmp_path / "absent" / "numbers.json")])
         assert "--json: there is no directory" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--memory", "sparse"], "memory must be of dense, streamed, got 'sparse'"),
+            (["--devices", "2"], "--devices: spreads the forms that --memory names"),
+            (["--memory", "dense", "--devices", "x"], "devices: must be positive whole numbers"),
+            (["--memory", "dense", "--devices", "3"], "n must be a multiple of devices, got 16"),
+            (["--memory", "dense", "--devices", "16"], "devices: 16 asked, but there are 8"),
+        ],
+    )
+    def test_forms_that_cannot_be(self, arguments, message, capsys):
+        with pytest.raises(SystemExit):
+            benchmark.main(["--n", "16", *arguments])
+        assert message in capsys.readouterr().err
