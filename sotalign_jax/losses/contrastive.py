@@ -81,7 +81,6 @@ def siglip(
     partner = first + jnp.arange(n, dtype=jnp.int32)
     scale, bias = jnp.asarray(scale, jnp.float32), jnp.asarray(bias, jnp.float32)
 
-    @jax.checkpoint
     def rows_of(carry, rows):
         image, mask, partner = rows
         logits = scale * affinity.of_rows(image) + bias
@@ -93,6 +92,8 @@ def siglip(
         own = jnp.take_along_axis(logits, at[:, None], axis=1)[:, 0]
         return carry, jnp.where(mask, negatives, 0.0) - jnp.where(paired, own, 0.0)
 
+    if block is not None:
+        rows_of = jax.checkpoint(rows_of)  # or the logits of all blocks would wait for the gradient
     _, losses = over_blocks(rows_of, (), (affinity.image, image_mask, partner), affinity.block)
     total, n = jnp.sum(losses), jnp.sum(image_mask, dtype=jnp.float32)
     if axis_name is not None:

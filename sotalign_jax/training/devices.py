@@ -119,9 +119,8 @@ def share(rows: int, mesh: Mesh | None) -> slice:
     if mesh is None:
         return slice(0, rows)
     each = padded(rows, mesh) // mesh.size
-    here = [
-        place for place, d in enumerate(mesh.devices.flat) if d.process_index == jax.process_index()
-    ]
+    me = jax.process_index()
+    here = [k for k, device in enumerate(mesh.devices.flat) if device.process_index == me]
     return slice(min(rows, here[0] * each), min(rows, (here[-1] + 1) * each))
 
 
