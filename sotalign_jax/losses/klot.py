@@ -78,8 +78,8 @@ def klot(
         teacher_text: ``(m, e)`` teacher embeddings of the same texts; a constant, no gradient.
         epsilon: regularisation of the student's plan, in units of cosine.
         teacher_epsilon: regularisation of the teacher's plan.
-        a: ``(n,)`` weights of the images, of total mass 1; uniform by default. A row of weight zero
-            (padding) changes nothing and gets no gradient.
+        a: ``(n,)`` weights of the images, of total mass 1; uniform by default. A finite row of
+            weight zero (padding) changes nothing and gets no gradient.
         b: ``(m,)`` weights of the texts, likewise.
         threshold: L1 marginal error at which both Sinkhorn solves stop, or one for each plan,
             ``(student, teacher)``: the student's gets very small in a few iterations more.
@@ -94,8 +94,8 @@ def klot(
         memory_gib: what the matrices, or the blocks (a sixteenth of it), may take of one device.
         axis_name: inside ``shard_map``, the mesh axes over which the images are spread:
             ``image``, ``teacher_image`` and ``a`` are this device's ``n`` rows, texts are whole on
-            every device, the value is the same on all, and no array that travels has more than
-            one dimension but the gradient of ``text``.
+            every device, and the value is the same on all. Scalars and one or two column vectors
+            travel in an iteration, and the gradient of ``text`` once.
 
     Returns:
         ``(value, info)``: the divergence, float32 scalar, differentiable once with respect to

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from rich.console import Console
@@ -31,7 +32,7 @@ from sotalign_jax.training.devices import (
     replicate,
     share,
 )
-from sotalign_jax.training.distributed import Preempted, PreemptionWatch, barrier
+from sotalign_jax.training.distributed import Preempted, PreemptionWatch, barrier, broadcast
 from sotalign_jax.training.evaluate import evaluate
 from sotalign_jax.training.metrics import MetricWriter, ProgressBar, make_console, make_sinks
 from sotalign_jax.training.objectives import LossSettings
@@ -60,7 +61,13 @@ class Inputs(NamedTuple):
 def load_inputs(config: Config) -> Inputs:
     """Rows and teacher of a validated configuration, checked; see `load_splits`."""
     splits = load_splits(config)
-    return Inputs(splits, fit_teacher(config, splits))
+    teacher = fit_teacher(config, splits)
+    if jax.process_count() > 1:
+        # That of process 0: an eigendecomposition may differ in last bits from machine to machine.
+        leaves, structure = jax.tree.flatten(teacher)
+        leaves = broadcast([np.asarray(leaf) for leaf in leaves], 0)
+        teacher = jax.tree.unflatten(structure, [jnp.asarray(leaf) for leaf in leaves])
+    return Inputs(splits, teacher)
 
 
 def train(
@@ -169,7 +176,9 @@ def _train(
                 final or _due(step, config.eval_every) or (save and keep_best)
             ):
                 scores = evaluate(_merge(setup, state.params, rest), splits.val)
-                record |= {f"val/{name}": value for name, value in scores.items()}
+                # Those of process 0, since all must select the same checkpoint.
+                (values,) = broadcast([np.array(list(scores.values()), np.float64)], 0)
+                record |= {f"val/{k}": float(v) for k, v in zip(scores, values, strict=True)}
             if writer is not None:
                 writer.write(step, record)
             bar.update(step, record)

@@ -36,8 +36,8 @@ class RowGeometry(geometry.Geometry):
     """An ``ott`` geometry whose rows may be spread over devices, each holding all columns.
 
     Inside ``shard_map``, ``axis_name`` names the mesh axes over which the rows are spread: row
-    vectors are local, column vectors are the same on every device, and the only traffic is one
-    all-reduce of a column vector where rows are summed over.
+    vectors are local, column vectors are the same on every device, and all that travels is
+    all-reduces of scalars and of column vectors, where rows are summed over.
     """
 
     axis_name: AxisName | None = None

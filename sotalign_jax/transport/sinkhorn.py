@@ -83,7 +83,7 @@ def solve(
             observed rate of convergence allows (Young's relation). 1 turns it off.
         axis_name: inside ``shard_map``, the mesh axes over which the rows are spread. ``affinity``,
             ``a`` and ``f`` are then those of this device's ``n`` rows, everything else is the same
-            on all devices, and what travels is column vectors.
+            on all devices, and what travels is column vectors. Balanced problems only.
 
     Returns:
         The :class:`Plan`. Where no plan exists (a row of ``-inf``, a NaN) and the input is traced,
@@ -108,6 +108,11 @@ def solve(
         raise ProblemError(f"relaxation must lie in [1, 2), got {relaxation}")
     n, m = affinity.shape
     balanced = tau_a == 1.0 and tau_b == 1.0
+    if axis_name is not None and not balanced:
+        raise ProblemError(
+            "axis_name: only balanced problems can be spread over devices, got "
+            f"tau_a={tau_a}, tau_b={tau_b}"
+        )
     a = _marginal("a", a, n, dtype, balanced, axis_name)
     b = _marginal("b", b, m, dtype, balanced, None)
     if init is None:
@@ -311,7 +316,10 @@ def _solve_unbalanced(
         inexact = jnp.maximum(row_error, column_error) >= threshold
         return (done < budget) & (inexact | (iterations is not None))
 
-    infinite = jnp.asarray(jnp.inf, geometry.dtype)
+    f, g, infinite = (
+        varying_like(x, *jax.tree.leaves(geometry))
+        for x in (f, g, jnp.asarray(jnp.inf, geometry.dtype))
+    )
     f, g, done, row_error, column_error = jax.lax.while_loop(
         unfinished, run_block, (f, g, jnp.asarray(0, jnp.int32), infinite, infinite)
     )

@@ -33,7 +33,7 @@ def block_rows(n: int, m: int, budget: float) -> int:
     Returns:
         Between 8 and ``n`` (fewer if there are fewer), a multiple of 8 where it is not ``n``.
     """
-    rows = int(budget // (_BLOCK_COPIES * 4 * m)) // 8 * 8
+    rows = int(budget // (_BLOCK_COPIES * 4 * max(m, 1))) // 8 * 8
     if jax.default_backend() == "cpu":
         rows = min(rows, _CPU_ROWS)
     return max(1, min(n, max(8, rows)))

@@ -96,6 +96,11 @@ def test_unbalanced_satisfies_its_optimality_conditions(tau_a, tau_b):
         np.testing.assert_allclose(found.sum(axis), np.exp(-price) / size, atol=2e-5)
 
 
+def test_unbalanced_problems_are_not_spread():
+    with pytest.raises(ValueError, match="axis_name: only balanced problems can be spread"):
+        solve(streamed(8), 0.05, tau_a=0.9, axis_name="rows")
+
+
 class TestHopeless:
     def test_nan_is_named(self):
         image, text = factors()
@@ -160,4 +165,5 @@ class TestBlocks:
         assert block_rows(10_000, 1_000, 16.0 * 1_000 * 71) == 64
         assert block_rows(10_000, 1_000, 1.0) == 8  # the least that is worth a matrix product
         assert block_rows(5, 1_000, 1e9) == 5
+        assert block_rows(5, 0, 1e9) == 5
         assert block_rows(10_000, 1_000, 1e12) == 256  # more is slower on a CPU
