@@ -40,7 +40,18 @@ class RowGeometry(geometry.Geometry):
     all-reduces of scalars and of column vectors, where rows are summed over.
     """
 
+    affinity: Any  # with shape and dtype: a matrix, or what stands for one
     axis_name: AxisName | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Number of rows and of columns."""
+        return self.affinity.shape
+
+    @property
+    def dtype(self):
+        """The dtype of the affinity, and of every potential."""
+        return self.affinity.dtype
 
     def sum_rows(self, values: Num[Array, " n"]) -> Num[Array, ""]:
         """Sum of a row vector."""
@@ -131,16 +142,6 @@ class AffinityGeometry(RowGeometry):
     def cost_matrix(self) -> Float[Array, "n m"]:
         """The cost that ``ott`` minimises: minus the affinity."""
         return -self.affinity
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Number of rows and of columns."""
-        return self.affinity.shape
-
-    @property
-    def dtype(self):
-        """The dtype of the affinity, and of every potential."""
-        return self.affinity.dtype
 
     def absorb(self, f: Float[Array, " n"], g: Float[Array, " m"]) -> AffinityGeometry:
         """The same geometry with the potentials ``(f, g)`` folded into its kernel."""

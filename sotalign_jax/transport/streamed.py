@@ -127,16 +127,6 @@ class StreamedGeometry(RowGeometry):
         self.potentials = potentials
         self.axis_name = axis_name
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Number of rows and of columns."""
-        return self.affinity.shape
-
-    @property
-    def dtype(self):
-        """The dtype of the affinity, and of every potential."""
-        return self.affinity.dtype
-
     def absorb(self, f: Float[Array, " n"], g: Float[Array, " m"]) -> StreamedGeometry:
         """The same geometry with the potentials ``(f, g)`` folded into its kernel."""
         return StreamedGeometry(self.affinity, self.epsilon, (f, g), self.axis_name)
