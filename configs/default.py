@@ -88,6 +88,10 @@ def get_config(arg=None):
     config.loss.threshold = 1e-3  # L1 marginal error at which Sinkhorn stops
     config.loss.max_iterations = 500
     config.loss.iterations = 0  # the paper's fixed count is 100; 0: until the threshold
+    # Sinkhorn starts from this share of the potentials that an image had when it was last in a
+    # batch; 0: from nothing, as in the paper. Another start ends at the same threshold.
+    config.loss.warm_student = 1.0
+    config.loss.warm_teacher = 1.0
     # Matrices of rows by columns: held (dense), formed block by block anew for every iteration
     # (streamed), or dense while they fit in this much memory of a device (auto).
     config.loss.memory = "auto"  # auto | dense | streamed

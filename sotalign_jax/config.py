@@ -102,6 +102,8 @@ def default_config() -> Config:
     config.loss.threshold = 1e-3
     config.loss.max_iterations = 500
     config.loss.iterations = 0
+    config.loss.warm_student = 1.0
+    config.loss.warm_teacher = 1.0
     config.loss.memory = "auto"
     config.loss.memory_gib = 4.0
 
@@ -328,6 +330,9 @@ def _check_values(config: Config) -> None:
             raise ConfigError(
                 f"config.compare.{name}: must be distinct whole numbers, not negative, got {seeds}"
             )
+    for name in ("warm_student", "warm_teacher"):
+        if not 0 <= config.loss[name] <= 1:
+            raise ConfigError(f"config.loss.{name}: must lie in [0, 1], got {config.loss[name]}")
     if config.loss.teacher_epsilon == 0 and config.loss.divergence == "klot":
         raise ConfigError("config.loss.teacher_epsilon: must be positive for klot, got 0")
 

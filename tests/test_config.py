@@ -106,6 +106,8 @@ def test_a_recorded_configuration_is_the_configuration():
         ("teacher.standardize.text", float("nan"), r"config.teacher.standardize.text: .*\[0, 1\]"),
         ("loss.epsilon", float("nan"), r"config.loss.epsilon: must be positive, got nan"),
         ("loss.alpha", -0.1, r"config.loss.alpha: must not be negative, got -0.1"),
+        ("loss.warm_student", 1.5, r"config.loss.warm_student: must lie in \[0, 1\], got 1.5"),
+        ("loss.warm_teacher", -1.0, r"config.loss.warm_teacher: must lie in \[0, 1\], got -1.0"),
         ("seed", -1, r"config.seed: must not be negative"),
         ("objective", "siglip", r"config.objective: got 'siglip'; must be one of sotalign, sail"),
         ("optimizer.name", "sgd", r"config.optimizer.name: .* lion, adamw"),

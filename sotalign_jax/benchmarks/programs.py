@@ -21,6 +21,7 @@ from sotalign_jax.teachers import LinearTeacher
 from sotalign_jax.training.data import fit_teacher, load_splits
 from sotalign_jax.training.devices import AXIS, padded
 from sotalign_jax.training.loop import Inputs, build, fits, raw_tables
+from sotalign_jax.training.objectives import RowPotentials
 from sotalign_jax.training.step import Setup, prepare, run_resident, run_streamed
 
 __all__ = [
@@ -149,10 +150,20 @@ def compile_programs(config: Config, inputs: Inputs) -> tuple[Setup, dict[str, A
     setup, state, rest = build(config, *inputs)
     tables = raw_tables(inputs.splits, unpaired=setup.loss.unpaired)
     key = jax.eval_shape(lambda: jax.random.key(0))
+    potentials = [
+        leaf if leaf is None else jnp.zeros(padded(len(leaf), setup.mesh))
+        for leaf in state.potentials
+    ]
     state, rest, teacher, key = _shapes((state, rest, inputs.teacher, key), setup.mesh)
+    spread = _shapes(potentials, setup.mesh, PartitionSpec(AXIS))
+    state = state._replace(potentials=RowPotentials(*spread))
     if not fits(config, tables, inputs.teacher):
-        pairs, image, text = (stream.size for stream in setup.streams)
-        raw = _rows(tables, (pairs, pairs, image, text), setup.mesh)
+        pairs, image, text = setup.streams
+        sizes = (pairs.size, pairs.size, image.size, text.size)
+        raw = _rows(tables, sizes, setup.mesh)
+        if not image.whole:
+            rows = jax.ShapeDtypeStruct((image.size,), jnp.int32)
+            raw = raw._replace(image_rows=_shapes(rows, setup.mesh))
         lowered = run_streamed.lower(setup, state, rest, teacher, raw)
         return setup, {"step": lowered.compile()}
     raw = _rows(tables, [len(table) for table in tables[:4]], setup.mesh)

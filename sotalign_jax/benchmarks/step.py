@@ -36,7 +36,7 @@ from sotalign_jax.features.batches import Batch
 from sotalign_jax.files import replace_text
 from sotalign_jax.training.devices import place_table, replicate
 from sotalign_jax.training.loop import build, fits, load_inputs, raw_tables
-from sotalign_jax.training.step import prepare, run_resident
+from sotalign_jax.training.step import place_state, prepare, run_resident
 
 __all__ = ["main", "part_of", "run", "self_times"]
 
@@ -85,7 +85,8 @@ def run(config: Config, *, repeats: int = 5) -> dict[str, Any]:
             f"{config.data.resident!r} keeps them off; raise data.resident_gib or take 'always'"
         )
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    state, rest, teacher, key = replicate((state, rest, teacher, key), setup.mesh)
+    state = place_state(state, setup.mesh)
+    rest, teacher, key = replicate((rest, teacher, key), setup.mesh)
     raw = Batch(*(place_table(table, setup.mesh) for table in tables))
     tables = jax.jit(prepare, static_argnums=0)(setup, state.params, rest, teacher, raw)
     length = min(config.log_every, config.steps)

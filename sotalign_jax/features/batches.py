@@ -31,6 +31,7 @@ class Batch(NamedTuple):
         unpaired_text: rows of the unpaired texts, in no relation to the images.
         teacher_image: ``unpaired_image`` projected by the teacher; None where nobody asks.
         teacher_text: ``unpaired_text`` projected by the teacher.
+        image_rows: which rows of their table ``unpaired_image`` are; None where it is all of them.
     """
 
     pairs_image: Any
@@ -39,6 +40,7 @@ class Batch(NamedTuple):
     unpaired_text: Any
     teacher_image: Any = None
     teacher_text: Any = None
+    image_rows: Any = None
 
 
 class Stream(NamedTuple):
@@ -124,7 +126,7 @@ def stream_batches(
         threads: reader threads, and batches held ready.
 
     Yields:
-        A batch of float32 rows a step.
+        A batch of float32 rows a step; ``image_rows`` are those of the whole batch.
     """
     if start >= stop:
         return
@@ -139,7 +141,9 @@ def stream_batches(
     def read(step: int) -> Batch:
         chosen = pairs(step)
         wanted = (chosen, chosen, image(step), text(step))
-        return Batch(*(take(rows) for take, rows in zip(sources, wanted, strict=True)))
+        rows = None if streams[1].whole else np.asarray(wanted[2], np.int32)
+        batch = Batch(*(take(rows) for take, rows in zip(sources, wanted, strict=True)))
+        return batch._replace(image_rows=rows)
 
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     yield from grain.MapDataset.range(start, stop).map(read).to_iter_dataset(options)

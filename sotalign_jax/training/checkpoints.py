@@ -66,7 +66,12 @@ class Checkpoints:
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
             for name, leaf in _named_leaves(like).items()
         }
-        leaves = self._checkpointer.load(step, abstract)
+        # One number a row is padded to what the devices share evenly: other devices, other padding.
+        options = ocp.options.ArrayOptions(
+            loading=ocp.options.ArrayOptions.Loading(enable_padding_and_truncation=True)
+        )
+        with ocp.Context(array_options=options):
+            leaves = self._checkpointer.load(step, abstract)
         return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in abstract])
 
     def close(self) -> None:

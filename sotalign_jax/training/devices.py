@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from sotalign_jax.config import Config, ConfigError
@@ -28,6 +29,8 @@ __all__ = [
     "place",
     "place_batch",
     "place_table",
+    "place_vector",
+    "put_rows",
     "replicate",
     "share",
     "take_rows",
@@ -95,6 +98,16 @@ def place_table(table: FeatureTable | None, mesh: Mesh | None) -> Any:
     return table.array() if mesh is None else place(table.read, len(table), table.dim, mesh)
 
 
+def place_vector(values: Float[ArrayLike, " k"], mesh: Mesh | None) -> Float[Array, " p"]:
+    """One number a row, which every process has: on the device, or spread as the rows are."""
+    if mesh is None:
+        return jnp.asarray(values)
+    whole = np.asarray(values)
+    whole = np.pad(whole, (0, padded(len(whole), mesh) - len(whole)))
+    sharding = NamedSharding(mesh, PartitionSpec(AXIS))
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+
 def place_batch(local: Batch, sizes: tuple[int, int, int], mesh: Mesh | None) -> Batch:
     """A batch on the device, or spread over the mesh, of which each process has its `share`.
 
@@ -111,7 +124,8 @@ def place_batch(local: Batch, sizes: tuple[int, int, int], mesh: Mesh | None) ->
         start = share(size, mesh).start
         return place(lambda at: rows[at.start - start : at.stop - start], size, rows.shape[1], mesh)
 
-    return Batch(*(put(rows, size) for rows, size in zip(local, counts, strict=False)))
+    placed = Batch(*(put(rows, size) for rows, size in zip(local, counts, strict=False)))
+    return placed._replace(image_rows=replicate(local.image_rows, mesh))
 
 
 def share(rows: int, mesh: Mesh | None) -> slice:
@@ -144,14 +158,14 @@ def local_copy(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
 
 
-def take_rows(local: Float[Array, "k d"], rows: Int[Array, " b"]) -> Float[Array, "c d"]:
+def take_rows(local: Float[Array, "k ..."], rows: Int[Array, " b"]) -> Float[Array, "c ..."]:
     """Inside ``shard_map``: this device's share of some rows of a spread table.
 
     Every device gives the rows that it has, and zeros for the others; their sum, exact because all
     but one term is zero, is left where it is needed.
 
     Args:
-        local: this device's rows of the table.
+        local: this device's rows of the table, or its part of one number a row.
         rows: numbers of rows of the whole table, the same on every device.
 
     Returns:
@@ -161,5 +175,26 @@ def take_rows(local: Float[Array, "k d"], rows: Int[Array, " b"]) -> Float[Array
     rows = jnp.pad(rows, (0, -len(rows) % devices), constant_values=-1)
     here = rows - jax.lax.axis_index(AXIS) * local.shape[0]
     mine = (rows >= 0) & (here >= 0) & (here < local.shape[0])
-    given = jnp.where(mine[:, None], local[jnp.clip(here, 0, local.shape[0] - 1)], 0.0)
+    mine = mine.reshape(-1, *(1,) * (local.ndim - 1))
+    given = jnp.where(mine, local[jnp.clip(here, 0, local.shape[0] - 1)], 0.0)
     return jax.lax.psum_scatter(given, AXIS, tiled=True)
+
+
+def put_rows(
+    local: Float[Array, " k"], rows: Int[Array, " b"], values: Float[Array, " c"]
+) -> Float[Array, " k"]:
+    """Inside ``shard_map``: a spread vector with new values for some rows, as `take_rows` has them.
+
+    Args:
+        local: this device's part of the vector.
+        rows: numbers of rows of the whole vector, no two equal, the same on every device.
+        values: this device's share of the new values; what follows the last of them is padding.
+
+    Returns:
+        This device's part of the new vector.
+    """
+    every = jax.lax.all_gather(values, AXIS, tiled=True)[: len(rows)]
+    here = rows - jax.lax.axis_index(AXIS) * local.shape[0]
+    # A negative index would count from the end; one beyond the end is dropped.
+    here = jnp.where(here < 0, local.shape[0], here)
+    return local.at[here].set(every, mode="drop")

@@ -42,6 +42,7 @@ from sotalign_jax.training.step import (
     TrainState,
     Variables,
     init_state,
+    place_state,
     prepare,
     run_resident,
     run_streamed,
@@ -137,7 +138,8 @@ def _train(
     home.start(config)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     mesh = setup.mesh
-    state, fixed, projector, key = replicate((state, rest, teacher, key), mesh)
+    state = place_state(state, mesh)
+    fixed, projector, key = replicate((rest, teacher, key), mesh)
     tables = raw_tables(splits, unpaired=setup.loss.unpaired)
     resident = fits(config, tables, teacher)
     if resident:
@@ -241,6 +243,10 @@ def build(config: Config, splits: Splits, teacher: LinearTeacher) -> tuple[Setup
         Stream.of(images, config.batch.unpaired, 1),
         Stream.of(texts, config.batch.unpaired, 2),
     )
+    if streams[1].whole and streams[2].whole:
+        # The teacher's plan is the same in every step, and solved once a dispatch; a start that
+        # changes would have it solved in every step.
+        loss = dataclasses.replace(loss, warm_teacher=0.0)
     mesh = make_mesh(config)
     if mesh is not None:
         loss = dataclasses.replace(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,33 @@ from sotalign_jax.features.batches import Batch
 from sotalign_jax.losses.klot import dense_or_block
 from sotalign_jax.models import Aligner
 
-__all__ = ["DIVERGENCES", "OBJECTIVES", "LossSettings"]
+__all__ = ["DIVERGENCES", "OBJECTIVES", "LossSettings", "Outcome", "RowPotentials"]
 
 Metrics = dict[str, Array]
+
+
+class RowPotentials(NamedTuple):
+    """Row potentials of the two plans of KLOT, one a row; None of a plan that starts from nothing.
+
+    Attributes:
+        student: of the student's plan.
+        teacher: of the teacher's plan.
+    """
+
+    student: Any = None
+    teacher: Any = None
+
+
+class Outcome(NamedTuple):
+    """What an objective tells beside its value.
+
+    Attributes:
+        metrics: by name.
+        potentials: of the unpaired images of the batch, for the next time that they are seen.
+    """
+
+    metrics: Metrics
+    potentials: RowPotentials = RowPotentials()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +60,8 @@ class LossSettings:
     iterations: int  # 0: until the threshold
     memory: Literal["auto", "dense", "streamed"]
     memory_gib: float
+    warm_student: float
+    warm_teacher: float
     normalization: Literal["mean", "rows"]
     # Not of the configuration: where the rows of a batch are spread over devices, the axis of the
     # mesh, and how many pairs, unpaired images and unpaired texts a batch has before padding.
@@ -56,6 +82,12 @@ class LossSettings:
     def teacher(self) -> bool:
         """Whether the objective reads the teacher's view of the unpaired rows."""
         return self.objective == "sotalign" and self.alpha > 0
+
+    @property
+    def warm(self) -> RowPotentials:
+        """Of which plans potentials are kept from step to step."""
+        klot = self.teacher and self.divergence == "klot"
+        return RowPotentials(klot and self.warm_student > 0, klot and self.warm_teacher > 0)
 
     def prior(self, pairs: int, images: int, texts: int) -> float | None:
         """Share of true pairs among the combinations that SigLIP sees in a step.
@@ -96,12 +128,20 @@ def _block(rows: int, columns: int, settings: LossSettings) -> int | None:
     return dense_or_block(settings.memory, settings.memory_gib, rows, columns) or None
 
 
-def _klot(image, text, batch: Batch, settings: LossSettings) -> tuple[Array, Metrics]:
+def _klot(
+    image, text, batch: Batch, settings: LossSettings, start: RowPotentials
+) -> tuple[Array, Outcome]:
     mask, _ = _counts(image, settings.sizes[1], settings)
     _, text_mask = _counts(text, settings.sizes[2], settings)
+    text = _whole(text, settings)
+
+    def init(potential, share: float):
+        # The first update of a balanced problem replaces the potentials of the columns.
+        return None if potential is None else (share * potential, jnp.zeros(text.shape[0]))
+
     value, info = losses.klot(
         image,
-        _whole(text, settings),
+        text,
         batch.teacher_image,
         _whole(batch.teacher_text, settings),
         epsilon=settings.epsilon,
@@ -111,17 +151,42 @@ def _klot(image, text, batch: Batch, settings: LossSettings) -> tuple[Array, Met
         threshold=settings.threshold,
         max_iterations=settings.max_iterations,
         iterations=settings.iterations or None,
+        init=(
+            init(start.student, settings.warm_student),
+            init(start.teacher, settings.warm_teacher),
+        ),
         memory=settings.memory,
         memory_gib=settings.memory_gib,
         axis_name=settings.axis_name,
     )
-    return value, {
+    metrics = {
         "train/klot": value,
         "train/student_marginal_error": info.student.marginal_error,
         "train/teacher_marginal_error": info.teacher.marginal_error,
         "train/student_iterations": info.student.iterations.astype(jnp.float32),
         "train/teacher_iterations": info.teacher.iterations.astype(jnp.float32),
     }
+    potentials = RowPotentials(
+        *(
+            None if old is None else _centred(plan.f, mask, settings)
+            for old, plan in zip(start, info, strict=True)
+        )
+    )
+    return value, Outcome(metrics, potentials)
+
+
+def _centred(potential: Array, mask: Array | None, settings: LossSettings) -> Array:
+    """Row potentials less their mean, as which they are the same whatever constant a solve chose.
+
+    So potentials of rows that were last seen in different batches can start one solve together.
+    Padding, and potentials of a problem that has no plan, are 0.
+    """
+    known = jnp.isfinite(potential) if mask is None else mask & jnp.isfinite(potential)
+    total = jnp.sum(jnp.where(known, potential, 0.0))
+    count = jnp.sum(known.astype(potential.dtype))
+    if settings.axis_name is not None:
+        total, count = jax.lax.psum((total, count), settings.axis_name)
+    return jnp.where(known, potential - total / jnp.maximum(count, 1.0), 0.0)
 
 
 def _on_every_device(divergence, image, text, batch: Batch, settings: LossSettings) -> Array:
@@ -136,22 +201,28 @@ def _on_every_device(divergence, image, text, batch: Batch, settings: LossSettin
     return jax.lax.pmean(divergence(*whole), settings.axis_name)
 
 
-def _cka(image, text, batch: Batch, settings: LossSettings) -> tuple[Array, Metrics]:
+def _cka(
+    image, text, batch: Batch, settings: LossSettings, start: RowPotentials
+) -> tuple[Array, Outcome]:
+    del start
     value = _on_every_device(losses.cka, image, text, batch, settings)
-    return value, {"train/cka": value}
+    return value, Outcome({"train/cka": value})
 
 
-def _info_nce(image, text, batch: Batch, settings: LossSettings) -> tuple[Array, Metrics]:
+def _info_nce(
+    image, text, batch: Batch, settings: LossSettings, start: RowPotentials
+) -> tuple[Array, Outcome]:
+    del start
     divergence = functools.partial(
         losses.info_nce_divergence,
         epsilon=settings.epsilon,
         teacher_epsilon=settings.teacher_epsilon,
     )
     value = _on_every_device(divergence, image, text, batch, settings)
-    return value, {"train/info_nce_divergence": value}
+    return value, Outcome({"train/info_nce_divergence": value})
 
 
-DIVERGENCES: dict[str, Callable[..., tuple[Array, Metrics]]] = {
+DIVERGENCES: dict[str, Callable[..., tuple[Array, Outcome]]] = {
     "klot": _klot,
     "cka": _cka,
     "info_nce": _info_nce,
@@ -159,8 +230,11 @@ DIVERGENCES: dict[str, Callable[..., tuple[Array, Metrics]]] = {
 
 
 @jax.named_scope("siglip")
-def sail(aligner: Aligner, batch: Batch, settings: LossSettings) -> tuple[Array, Metrics]:
+def sail(
+    aligner: Aligner, batch: Batch, settings: LossSettings, start: RowPotentials
+) -> tuple[Array, Outcome]:
     """SigLIP on the pairs alone: the supervised baseline (SAIL, CVPR 2025)."""
+    del start
     image = aligner.project_image(batch.pairs_image)
     text = _whole(aligner.project_text(batch.pairs_text), settings)
     image_mask, text_mask = _counts(image, settings.sizes[0], settings)
@@ -175,12 +249,15 @@ def sail(aligner: Aligner, batch: Batch, settings: LossSettings) -> tuple[Array,
         block=_block(image.shape[0], text.shape[0], settings),
         axis_name=settings.axis_name,
     )
-    return value, {"train/siglip": value}
+    return value, Outcome({"train/siglip": value})
 
 
 @jax.named_scope("siglip")
-def sail_semi(aligner: Aligner, batch: Batch, settings: LossSettings) -> tuple[Array, Metrics]:
+def sail_semi(
+    aligner: Aligner, batch: Batch, settings: LossSettings, start: RowPotentials
+) -> tuple[Array, Outcome]:
     """SAIL with the unpaired rows as further negatives, averaged over both sides."""
+    del start
     pairs = (aligner.project_image(batch.pairs_image), aligner.project_text(batch.pairs_text))
     more = (
         aligner.project_image(batch.unpaired_image),
@@ -205,28 +282,32 @@ def sail_semi(aligner: Aligner, batch: Batch, settings: LossSettings) -> tuple[A
         )
 
     value = 0.5 * (against(0, 1) + against(1, 0))
-    return value, {"train/siglip": value}
+    return value, Outcome({"train/siglip": value})
 
 
-def sotalign(aligner: Aligner, batch: Batch, settings: LossSettings) -> tuple[Array, Metrics]:
+def sotalign(
+    aligner: Aligner, batch: Batch, settings: LossSettings, start: RowPotentials
+) -> tuple[Array, Outcome]:
     """SigLIP on the pairs plus ``alpha`` times a divergence to the teacher on the unpaired rows.
 
     SOTAlign, arXiv 2602.23353, section 4.2.
     """
-    value, metrics = sail(aligner, batch, settings)
+    value, supervised = sail(aligner, batch, settings, start)
     if settings.alpha == 0:
-        return value, metrics
+        return value, supervised
     with jax.named_scope("divergence"):
-        divergence, more = DIVERGENCES[settings.divergence](
+        divergence, outcome = DIVERGENCES[settings.divergence](
             aligner.project_image(batch.unpaired_image),
             aligner.project_text(batch.unpaired_text),
             batch,
             settings,
+            start,
         )
-    return value + settings.alpha * divergence, metrics | more
+    outcome = outcome._replace(metrics=supervised.metrics | outcome.metrics)
+    return value + settings.alpha * divergence, outcome
 
 
-OBJECTIVES: dict[str, Callable[..., tuple[Array, Metrics]]] = {
+OBJECTIVES: dict[str, Callable[..., tuple[Array, Outcome]]] = {
     "sotalign": sotalign,
     "sail": sail,
     "sail_semi": sail_semi,

@@ -17,14 +17,15 @@ from sotalign_jax.config import Config
 from sotalign_jax.features.batches import Batch, Stream, advance, batch_rows, first_order
 from sotalign_jax.models import Aligner
 from sotalign_jax.teachers import LinearTeacher
-from sotalign_jax.training.devices import AXIS, take_rows
-from sotalign_jax.training.objectives import OBJECTIVES, LossSettings, Metrics
+from sotalign_jax.training.devices import AXIS, place_vector, put_rows, replicate, take_rows
+from sotalign_jax.training.objectives import OBJECTIVES, LossSettings, Metrics, RowPotentials
 
 __all__ = [
     "OptimizerSettings",
     "Setup",
     "TrainState",
     "init_state",
+    "place_state",
     "prepare",
     "run_resident",
     "run_streamed",
@@ -101,26 +102,60 @@ class Setup:
     streams: tuple[Stream, Stream, Stream]
     mesh: Mesh | None = None
 
-    def spread(self, function, row_arguments: tuple[bool, ...]):
-        """``function`` on each device's rows of some arguments; its outcome is the same on all."""
+    def spread(self, function, *arguments):
+        """``function`` of a state and more on each device, which returns a state and metrics.
+
+        Args:
+            function: on what one device has of its arguments.
+            arguments: how each argument after the state lies on the mesh.
+        """
         if self.mesh is None:
             return function
-        specs = tuple(PartitionSpec(AXIS) if rows else PartitionSpec() for rows in row_arguments)
-        return jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=PartitionSpec())
+        return jax.shard_map(
+            function, mesh=self.mesh, in_specs=(_STATE, *arguments), out_specs=(_STATE, _SAME)
+        )
 
 
 class TrainState(NamedTuple):
-    """What changes from step to step, and what a checkpoint holds."""
+    """What changes from step to step, and what a checkpoint holds.
+
+    Attributes:
+        params: of the aligner.
+        opt_state: of the optimiser.
+        step: steps done.
+        potentials: of all unpaired images, as they were when last seen, 0 before; spread over the
+            mesh as the images are. The next plan of a row starts from them.
+    """
 
     params: Variables
     opt_state: optax.OptState
     step: Int[Array, ""]
+    potentials: RowPotentials = RowPotentials()
+
+
+# How arguments lie on a mesh.
+_SAME: Any = PartitionSpec()
+_ROWS: Any = PartitionSpec(AXIS)
+_STATE: Any = TrainState(_SAME, _SAME, _SAME, RowPotentials(_ROWS, _ROWS))
+_RAW: Any = Batch(_ROWS, _ROWS, _ROWS, _ROWS, image_rows=_SAME)
 
 
 def init_state(setup: Setup, params: Variables) -> TrainState:
     """The state before the first step."""
+    images = setup.streams[1].rows
     return TrainState(
-        params, setup.optimizer.transformation().init(params), jnp.zeros((), jnp.int32)
+        params,
+        setup.optimizer.transformation().init(params),
+        jnp.zeros((), jnp.int32),
+        RowPotentials(*(jnp.zeros(images) if kept else None for kept in setup.loss.warm)),
+    )
+
+
+def place_state(state: TrainState, mesh: Mesh | None) -> TrainState:
+    """A state that every process has, as it lies on the mesh."""
+    placed = replicate(state._replace(potentials=None), mesh)
+    return placed._replace(
+        potentials=jax.tree.map(lambda leaf: place_vector(leaf, mesh), state.potentials)
     )
 
 
@@ -137,6 +172,7 @@ def prepare(
         aligner.preprocess_text(raw.unpaired_text),
         teacher.project_image(raw.unpaired_image) if wanted else None,
         teacher.project_text(raw.unpaired_text) if wanted else None,
+        raw.image_rows,
     )
 
 
@@ -144,27 +180,47 @@ def _step(
     setup: Setup, state: TrainState, rest: Variables, batch: Batch
 ) -> tuple[TrainState, Metrics]:
     """One step on a prepared batch."""
+    start = jax.tree.map(lambda kept: _recall(setup, kept, batch.image_rows), state.potentials)
 
     def loss_of(params):
         aligner = nnx.merge(setup.graph, params, rest)
-        return OBJECTIVES[setup.loss.objective](aligner, batch, setup.loss)
+        return OBJECTIVES[setup.loss.objective](aligner, batch, setup.loss, start)
 
     # Scopes name the parts of a step in profiles; see benchmarks/step.py.
-    (loss, metrics), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    (loss, outcome), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
     with jax.named_scope("optimizer"):
         optimizer = setup.optimizer.transformation()
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params: Variables = optax.apply_updates(state.params, updates)
     metrics = {
         "train/loss": loss,
-        **metrics,
+        **outcome.metrics,
         "train/gradient_norm": optax.tree.norm(gradient),
         "train/parameter_norm": optax.tree.norm(params),
         "train/learning_rate": jnp.asarray(setup.optimizer.schedule()(state.step), jnp.float32),
         "train/scale": jnp.exp(params["log_scale"][...]),
         "train/bias": params["bias"][...],
     }
-    return TrainState(params, opt_state, state.step + 1), metrics
+    potentials = jax.tree.map(
+        lambda kept, new: _remember(setup, kept, batch.image_rows, new),
+        state.potentials,
+        outcome.potentials,
+    )
+    return TrainState(params, opt_state, state.step + 1, potentials), metrics
+
+
+def _recall(setup: Setup, kept: Array, rows: Array | None) -> Array:
+    """What is kept of the images of a batch."""
+    if rows is None:
+        return kept
+    return jnp.take(kept, rows, axis=0) if setup.mesh is None else take_rows(kept, rows)
+
+
+def _remember(setup: Setup, kept: Array, rows: Array | None, new: Array) -> Array:
+    """What is kept of all images, after those of a batch."""
+    if rows is None:
+        return new
+    return kept.at[rows].set(new) if setup.mesh is None else put_rows(kept, rows, new)
 
 
 @functools.partial(
@@ -186,7 +242,7 @@ def run_resident(
     Returns:
         The state after ``length`` steps, and the metrics of each of them, stacked.
     """
-    steps = setup.spread(functools.partial(_steps, setup, length), (False, False, True, False))
+    steps = setup.spread(functools.partial(_steps, setup, length), _SAME, _ROWS, _SAME)
     return steps(state, rest, tables, key)
 
 
@@ -227,6 +283,7 @@ def _steps(
             take(tables.unpaired_text, text),
             take(tables.teacher_image, image),
             take(tables.teacher_text, text),
+            None if image.whole else rows[image.number],
         )
 
     orders = tuple(first_order(stream, key, state.step) for stream in setup.streams)
@@ -243,4 +300,4 @@ def run_streamed(
     def step(state, rest, teacher, raw):
         return _step(setup, state, rest, prepare(setup, state.params, rest, teacher, raw))
 
-    return setup.spread(step, (False, False, False, True))(state, rest, teacher, raw)
+    return setup.spread(step, _SAME, _SAME, _RAW)(state, rest, teacher, raw)

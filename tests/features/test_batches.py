@@ -45,9 +45,13 @@ def numbered(rows, offset):
     return FeatureTable.from_array(np.arange(offset, offset + rows, dtype=np.float32)[:, None])
 
 
+def tables_of(streams):
+    return Batch(*(numbered(streams[i].rows, o) for i, o in ((0, 0), (0, 500), (1, 0), (2, 0))))
+
+
 def streamed_rows(streams, key, start, stop):
     """Rows that `stream_batches` reads, one list of four arrays a step."""
-    tables = Batch(*(numbered(streams[i].rows, o) for i, o in ((0, 0), (0, 500), (1, 0), (2, 0))))
+    tables = tables_of(streams)
     offsets = (0, 500, 0, 0)
     return [
         [part[:, 0].astype(int) - offset for part, offset in zip(batch[:4], offsets, strict=True)]
@@ -88,6 +92,13 @@ def test_the_host_reads_the_rows_that_the_device_draws(sizes, start):
     )
     key = jax.random.key(1)
     host = streamed_rows(streams, key, start, start + 6)
+    for batch, rows in zip(
+        stream_batches(tables_of(streams), streams, key, start, start + 6), host, strict=True
+    ):
+        if streams[1].whole:
+            assert batch.image_rows is None
+        else:
+            np.testing.assert_array_equal(batch.image_rows, rows[2])
     for i, stream in enumerate(streams):
         expected = list(device_rows(stream, key, start, start + 6))
         # Both sides of the pairs are read by the first stream.

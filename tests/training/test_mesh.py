@@ -1,6 +1,7 @@
 """A run spread over a mesh of devices gives what one device gives."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_runs import assert_same_parameters, from_teacher, records, tiny
@@ -8,7 +9,20 @@ from tiny_runs import assert_same_parameters, from_teacher, records, tiny
 from sotalign_jax.config import ConfigError, validate
 from sotalign_jax.features import FeatureTable
 from sotalign_jax.training import train
-from sotalign_jax.training.devices import make_mesh, padded, place, place_table, share, take_rows
+from sotalign_jax.training.checkpoints import Checkpoints
+from sotalign_jax.training.devices import (
+    AXIS,
+    make_mesh,
+    padded,
+    place,
+    place_table,
+    place_vector,
+    put_rows,
+    share,
+    take_rows,
+)
+from sotalign_jax.training.objectives import RowPotentials
+from sotalign_jax.training.step import TrainState
 
 # AdamW: Lion moves by the sign of a gradient, which hides small differences and blows up others.
 COMMON = {"optimizer__name": "adamw", "loss__alpha": 1.0, "loss__iterations": 20, "steps": 12}
@@ -120,3 +134,36 @@ class TestDevices:
         )(place(table.__getitem__, 10, 3, mesh), rows)
         np.testing.assert_array_equal(np.asarray(taken)[:count], table[rows])
         assert not np.asarray(taken)[count:].any()
+
+    @pytest.mark.parametrize("count", [1, 5, 10])
+    def test_put_rows_is_the_way_back(self, count):
+        mesh = self.mesh(4)
+        rng = np.random.default_rng(3)
+        vector = rng.normal(size=10).astype(np.float32)
+        rows = rng.permutation(10)[:count].astype(np.int32)
+        new = rng.normal(size=count).astype(np.float32)
+        spec = jax.sharding.PartitionSpec
+        put = jax.shard_map(
+            put_rows, mesh=mesh, in_specs=(spec(AXIS), spec(), spec(AXIS)), out_specs=spec(AXIS)
+        )(place_vector(vector, mesh), rows, place_vector(new, mesh))
+        expected = vector.copy()
+        expected[rows] = new
+        np.testing.assert_array_equal(np.asarray(put), np.r_[expected, 0, 0])
+        assert {shard.data.shape for shard in put.addressable_shards} == {(3,)}
+
+    @pytest.mark.parametrize(("before", "after"), [(4, 3), (3, 4), (4, 1), (1, 4)])
+    def test_potentials_are_restored_on_other_devices(self, before, after, tmp_path):
+        vector = np.random.default_rng(4).normal(size=10).astype(np.float32)
+
+        def state(count, values):
+            potentials = RowPotentials(place_vector(values, self.mesh(count)))
+            return TrainState({"w": jnp.ones(3)}, (), jnp.asarray(5), potentials)
+
+        checkpoints = Checkpoints(tmp_path, keep_best=False)
+        checkpoints.save(state(before, vector))
+        restored = checkpoints.restore(state(after, jnp.zeros(10)), 5)
+        checkpoints.close()
+        kept = np.asarray(restored.potentials.student)
+        assert len(kept) == padded(10, self.mesh(after))
+        np.testing.assert_array_equal(kept[:10], vector)
+        assert not kept[10:].any() and restored.potentials.teacher is None

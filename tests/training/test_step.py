@@ -11,10 +11,12 @@ import reference
 from tiny_runs import from_teacher, tiny
 
 from sotalign_jax.config import validate
-from sotalign_jax.features.batches import Batch, stream_batches
+from sotalign_jax.features.batches import Batch, batch_rows, first_order, stream_batches
 from sotalign_jax.training import step as step_module
 from sotalign_jax.training.loop import build, load_inputs
 from sotalign_jax.training.step import OptimizerSettings, prepare, run_resident, run_streamed
+
+SIDES = ("image", "text")
 
 
 class Run:
@@ -223,6 +225,144 @@ def test_one_step_in_all_warms_up_and_ends():
         assert float(settings.schedule()(0)) == 0.5
 
 
+# ---- where Sinkhorn starts
+
+
+def affinities(run, params):
+    """Float64 cosines of all unpaired images and texts: the student's, and the teacher's."""
+    means = {s: np.asarray(getattr(run.teacher, f"{s}_mean"), np.float64) for s in SIDES}
+    rows = {s: getattr(run.raw, f"unpaired_{s}") for s in SIDES}
+    given = [
+        (reference.unit(rows[s]) - means[s])
+        @ np.asarray(getattr(run.teacher, f"{s}_weight"), np.float64)
+        for s in SIDES
+    ]
+    mine = [project(params, s, rows[s], means[s]) for s in SIDES]
+    return reference.cosines(*mine), reference.cosines(*given)
+
+
+def drawn(run, step):
+    """Rows of the unpaired images and texts in the batch of a step."""
+    return [
+        np.asarray(batch_rows(stream, first_order(stream, run.key, step), step))
+        for stream in run.setup.streams[1:]
+    ]
+
+
+def centred(values):
+    return values - values.mean()
+
+
+def standing_still(**fields):
+    """Batches drawn from larger tables, and steps too small to change an affinity."""
+    # At the teacher's usual epsilon a plan of so few rows is all but a permutation, and its
+    # potentials are all but open.
+    fields = {
+        "data__n_unpaired": 100,
+        "batch__unpaired": 32,
+        "loss__teacher_epsilon": 0.05,
+    } | fields
+    return Run(tiny(optimizer__learning_rate=1e-12, **fields))
+
+
+def test_potentials_that_are_kept_are_those_of_the_converged_plans():
+    run = standing_still(loss__threshold=1e-6, loss__max_iterations=5_000)
+    state, _ = run.resident(1)
+    images, texts = drawn(run, 0)
+    others = np.setdiff1d(np.arange(100), images)
+    loss = run.config.loss
+    for kept, affinity, epsilon in zip(
+        state.potentials,
+        affinities(run, named(run.first.params)),
+        (loss.epsilon, loss.teacher_epsilon),
+        strict=True,
+    ):
+        affinity = affinity[np.ix_(images, texts)]
+        log_plan = np.log(reference.sinkhorn(affinity, epsilon))
+        # log P = (f + g + K) / epsilon: the mean over columns is f, but for a constant.
+        expected = centred(np.mean(epsilon * log_plan - affinity, axis=1))
+        np.testing.assert_allclose(np.asarray(kept)[images], expected, atol=2e-5)
+        assert not np.asarray(kept)[others].any()
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["resident", "rows from the host"])
+def test_solves_start_from_a_share_of_what_was_kept(streamed):
+    """Two iterations of a solve, followed in float64 over two epochs of drawn batches."""
+    shares = {"loss__warm_student": 0.5, "loss__warm_teacher": 1.0}
+    run = standing_still(loss__iterations=2, **shares)
+    if streamed:
+        state = run.state()
+        for raw in stream_batches(run.tables, run.setup.streams, run.key, 0, 6):
+            state, _ = run_streamed(run.setup, state, run.rest, run.teacher, raw)
+    else:
+        state, _ = run.resident(6)
+    loss = run.config.loss
+    for kept, affinity, epsilon, share in zip(
+        state.potentials,
+        affinities(run, named(run.first.params)),
+        (loss.epsilon, loss.teacher_epsilon),
+        shares.values(),
+        strict=True,
+    ):
+        table = np.zeros(100)
+        for step in range(6):
+            images, texts = drawn(run, step)
+            scores = affinity[np.ix_(images, texts)] / epsilon
+            f = share * table[images] / epsilon
+            for _ in range(2):
+                g = -np.log(32) - reference.logsumexp(scores + f[:, None], 0)
+                f = -np.log(32) - reference.logsumexp(scores + g[None, :], 1)
+            table[images] = centred(epsilon * f)
+        np.testing.assert_allclose(np.asarray(kept), table, atol=2e-5)
+
+
+COLD = {"loss__warm_student": 0.0, "loss__warm_teacher": 0.0}
+
+
+def test_a_warm_start_has_no_say_in_the_outcome():
+    fields = {"loss__threshold": 1e-5, "optimizer__name": "adamw", "loss__teacher_epsilon": 0.05}
+    (warm, metrics), (cold, _) = (
+        Run(tiny(**fields)).resident(20),
+        Run(tiny(**fields, **COLD)).resident(20),
+    )
+    expected = named(cold.params)
+    for name, value in named(warm.params).items():
+        np.testing.assert_allclose(value, expected[name], atol=2e-4, err_msg=name)
+    for plan in ("student", "teacher"):
+        assert (metrics[f"train/{plan}_marginal_error"] < 1e-5).all()
+
+
+def test_a_warm_start_is_nearer_after_as_many_iterations():
+    # Most rows are seen again, and with most of the same.
+    fields = {"loss__iterations": 3, "loss__teacher_epsilon": 0.05, "data__n_unpaired": 72}
+    _, warm = Run(tiny(**fields)).resident(20)
+    _, cold = Run(tiny(**fields, **COLD)).resident(20)
+    for plan in ("student", "teacher"):
+        near, far = (metrics[f"train/{plan}_marginal_error"] for metrics in (warm, cold))
+        np.testing.assert_array_equal(near[0], far[0])  # nothing is known yet
+        assert near[1:].mean() < 0.7 * far[1:].mean()
+
+
+@pytest.mark.parametrize(
+    ("fields", "kept"),
+    [
+        ({}, (True, True)),
+        ({"loss__warm_student": 0.0}, (False, True)),
+        ({"loss__warm_teacher": 0.0}, (True, False)),
+        # Every batch is all there is: the teacher's plan is solved once a dispatch.
+        ({"batch__unpaired": 256}, (True, False)),
+        ({"objective": "sail"}, (False, False)),
+        ({"objective": "sail_semi"}, (False, False)),
+        ({"loss__divergence": "cka"}, (False, False)),
+        ({"loss__alpha": 0.0}, (False, False)),
+    ],
+)
+def test_potentials_are_kept_where_they_are_of_use(fields, kept):
+    potentials = Run(tiny(**fields)).first.potentials
+    assert tuple(leaf is not None for leaf in potentials) == kept
+    assert all(leaf.shape == (256,) for leaf in jax.tree.leaves(potentials))
+
+
 # ---- dispatches
 
 
@@ -351,7 +491,8 @@ def test_the_state_that_went_in_is_given_away():
                     for rows, stream in zip(
                         run.raw[:4], [run.setup.streams[i] for i in (0, 0, 1, 2)], strict=True
                     )
-                )
+                ),
+                image_rows=jnp.arange(run.setup.streams[1].size),
             ),
         ),
     ):
