@@ -27,8 +27,6 @@ from sotalign_jax.transport.streamed import StreamedAffinity, StreamedGeometry
 
 __all__ = ["solve"]
 
-# Iterations between two looks at the marginal error. The error costs as much as one iteration.
-_BLOCK = 5
 # Absorb anew once a scaling has left [e^-10, e^10]: far inside what float32 can hold.
 _ABSORB_BEYOND = 10.0
 # Over-relaxation converges for weights below 2; close to 2 it only oscillates.
@@ -171,7 +169,7 @@ def _solve_balanced(geometry: RowGeometry, a, b, f, threshold, budget, relaxatio
         return near & jnp.all(look.columns >= b * jnp.exp(-_SAFE_BEYOND))
 
     def run_block(kernel: RowGeometry, state: _State) -> _State:
-        length = jnp.minimum(_BLOCK, budget - state.iterations)
+        length = jnp.minimum(kernel.pace, budget - state.iterations)
         u, v, carried, look = kernel.iterate(
             state.u, state.v, state.carried, a, b, state.weight, length
         )
@@ -303,7 +301,8 @@ def _solve_unbalanced(
 
     def run_block(carry):
         f, g, done, _, _ = carry
-        length = jnp.minimum(_BLOCK, budget - done)
+        # Not the geometry's own: here every look is two more log-sum-exp passes.
+        length = jnp.minimum(RowGeometry.pace, budget - done)
         f, g = jax.lax.fori_loop(0, length, step, (f, g))
         rows = geometry.marginal_from_potentials(f, g, axis=1)
         columns = geometry.marginal_from_potentials(f, g, axis=0)

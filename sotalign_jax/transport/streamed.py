@@ -121,6 +121,9 @@ class StreamedGeometry(RowGeometry):
         axis_name: mesh axes over which the rows are spread, inside ``shard_map``.
     """
 
+    # A look comes with every pass, and costs nothing; two iterations show a rate of convergence.
+    pace = 2
+
     def __init__(self, affinity, epsilon, potentials=None, axis_name: AxisName | None = None):
         super().__init__(epsilon=epsilon)
         self.affinity = affinity
