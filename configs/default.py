@@ -85,7 +85,7 @@ def get_config(arg=None):
     config.loss.alpha = 1e-4  # paper: the best of 1e-3, 1e-4, 1e-5 on validation
     config.loss.epsilon = 0.05  # student
     config.loss.teacher_epsilon = 0.01  # the authors' code defaults to 0.005
-    config.loss.threshold = 1e-3  # L1 marginal error at which Sinkhorn stops
+    config.loss.threshold = 1e-2  # L1 marginal error at which Sinkhorn stops; see docs/sinkhorn.md
     config.loss.max_iterations = 500
     config.loss.iterations = 0  # the paper's fixed count is 100; 0: until the threshold
     # Sinkhorn starts from this share of the potentials that an image had when it was last in a

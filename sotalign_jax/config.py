@@ -99,7 +99,7 @@ def default_config() -> Config:
     config.loss.alpha = 1e-4
     config.loss.epsilon = 0.05
     config.loss.teacher_epsilon = 0.01
-    config.loss.threshold = 1e-3
+    config.loss.threshold = 1e-2
     config.loss.max_iterations = 500
     config.loss.iterations = 0
     config.loss.warm_student = 1.0
