@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +17,29 @@ from sotalign_jax.training.step import TrainState
 __all__ = ["Checkpoints"]
 
 
+# Seconds: what one of several processes waits for another whose write failed or hangs.
+_WRITE_TIMEOUT = 600
+
+
 class Checkpoints:
-    """The checkpoints of one run, in one directory.
+    """The checkpoints of one run, in one directory, written in the background.
+
+    Training goes on while files are written; whatever reads or writes checkpoints next waits for
+    them. A write that failed is an error of that call, and leaves the checkpoint before it intact.
+    (A state that was donated to the next step is safe: what is being written stands in host memory,
+    and where that is the device's own, jax does not give it away.)
 
     Args:
         directory: made if absent; left-overs of a save that was cut off are removed.
         keep_best: keep the checkpoint with the highest validation metric beside the latest.
+
+    Raises:
+        OSError: by any method, and of any checkpoint: it could not be written.
     """
 
     def __init__(self, directory: str | os.PathLike, *, keep_best: bool):
+        self._directory = Path(directory).absolute()
+        self._writing: int | None = None
         policies = ocp.training.preservation_policies
         kept: list[Any] = [policies.LatestN(n=1)]
         if keep_best:
@@ -34,8 +51,11 @@ class Checkpoints:
                     keep_checkpoints_without_metrics=False,
                 )
             )
+        context = ocp.Context()
+        context.asynchronous.timeout_secs = _WRITE_TIMEOUT
         self._checkpointer: Any = ocp.training.Checkpointer(
-            str(Path(directory).absolute()),
+            str(self._directory),
+            context=context,
             preservation_policy=policies.AnyPreservationPolicy(kept),  # pyright: ignore[reportArgumentType]
             cleanup_tmp_directories=True,
         )
@@ -43,25 +63,30 @@ class Checkpoints:
     @property
     def latest(self) -> int | None:
         """Step of the latest checkpoint; None without one."""
+        self.wait()
         found = self._checkpointer.latest
         return None if found is None else found.step
 
     @property
     def best(self) -> int | None:
         """Step of the checkpoint with the highest validation metric; the later of equals."""
+        self.wait()
         found = [c for c in self._checkpointer.checkpoints if c.metrics is not None]
         return max(found, key=lambda c: (c.metrics["value"], c.step)).step if found else None
 
     def save(self, state: TrainState, value: float | None = None) -> None:
-        """Save ``state`` under its step, with its validation metric if there is one."""
+        """Begin to save ``state`` under its step, with its validation metric if there is one."""
         step = int(state.step)
-        if step == self.latest:
+        if step == self.latest:  # which waits: orbax takes one save at a time
             return
         metrics = None if value is None else {"value": float(value)}
-        self._checkpointer.save(step, _named_leaves(state), force=True, metrics=metrics)
+        self._writing = step
+        with self._errors():
+            self._checkpointer.save_async(step, _named_leaves(state), force=True, metrics=metrics)
 
     def restore(self, like: TrainState, step: int) -> TrainState:
         """The state saved at ``step``, with the structure, dtypes and shardings of ``like``."""
+        self.wait()
         abstract = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
             for name, leaf in _named_leaves(like).items()
@@ -74,9 +99,33 @@ class Checkpoints:
             leaves = self._checkpointer.load(step, abstract)
         return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in abstract])
 
+    def wait(self) -> None:
+        """Wait for what is being written, and know that it is complete."""
+        with self._errors():
+            self._checkpointer.wait()
+        self._writing = None
+
     def close(self) -> None:
-        """Wait for what is being written."""
-        self._checkpointer.close()
+        """Wait for what is being written, and give up the threads that wrote."""
+        with self._errors():
+            self._checkpointer.close()
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Names the checkpoint that could not be written."""
+        handled = sys.exception()
+        try:
+            yield
+        except Exception as error:
+            # Where other processes were waited for in vain, that stands over what happened here.
+            cause: BaseException = error
+            while (earlier := cause.__context__) is not None and earlier is not handled:
+                cause = earlier
+            raise OSError(
+                f"checkpoints: that of step {self._writing} could not be written to "
+                f"{self._directory} ({cause}); those before it are intact. Make room or mend the "
+                "directory, and run the same command again"
+            ) from error
 
 
 def _named_leaves(state: TrainState) -> dict[str, jax.Array]:

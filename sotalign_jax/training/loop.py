@@ -103,6 +103,7 @@ def train(
     Raises:
         ValueError: a configuration, file or directory that cannot be used, before any training.
         FloatingPointError: the loss is no longer finite.
+        OSError: a checkpoint could not be written.
         Preempted: the run was stopped by SIGTERM; the same call goes on.
     """
     config = validate(config)
