@@ -12,16 +12,19 @@ from sotalign_jax.features.formats import open_features
 from sotalign_jax.features.platonic import platonic_world
 from sotalign_jax.features.splits import Pairs, Splits, join, pair, split_pairs
 from sotalign_jax.features.store import (
+    BadRows,
     FeatureTable,
     Manifest,
     MissingFileError,
     check_finite,
     concat,
+    find_bad_rows,
     open_store,
     write_store,
 )
 
 __all__ = [
+    "BadRows",
     "FeatureTable",
     "Manifest",
     "MissingFileError",
@@ -33,6 +36,7 @@ __all__ = [
     "emoji_metadata",
     "emoji_pairs",
     "emoji_table",
+    "find_bad_rows",
     "join",
     "open_features",
     "open_store",

@@ -18,7 +18,7 @@ import pathlib
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -28,11 +28,13 @@ from numpy.typing import ArrayLike
 from sotalign_jax.files import flush_files
 
 __all__ = [
+    "BadRows",
     "FeatureTable",
     "Manifest",
     "MissingFileError",
     "check_finite",
     "concat",
+    "find_bad_rows",
     "open_store",
     "write_store",
 ]
@@ -426,25 +428,60 @@ def concat(tables: Sequence[FeatureTable], name: str | None = None) -> FeatureTa
     )
 
 
-def check_finite(table: FeatureTable, name: str | None = None) -> None:
+class BadRows(NamedTuple):
+    """Rows of a table that hold NaN or Inf.
+
+    Attributes:
+        count: how many.
+        first: number of the first of them; the length of the table if there is none.
+    """
+
+    count: int
+    first: int
+
+
+def find_bad_rows(table: FeatureTable, part: int = 0, parts: int = 1) -> BadRows:
+    """Reads one of several parts of a table once and looks for NaN and Inf.
+
+    Args:
+        table: the rows to check.
+        part: which part, from 0; every row belongs to exactly one.
+        parts: how many there are, contiguous in the order of the disk.
+
+    Returns:
+        The `BadRows` of that part, numbered as in the whole table.
+
+    Raises:
+        ValueError: no such part.
+    """
+    if not 0 <= part < parts:
+        raise ValueError(f"part: must be at least 0 and less than parts ({parts}), got {part}")
+    # In the order of the disk, whatever the order of the selection: each block is read once.
+    order = table.disk_order()[len(table) * part // parts : len(table) * (part + 1) // parts]
+    size = _chunk_rows(table.dim)
+    bad, first = 0, len(table)
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        wrong = rows[~np.isfinite(table.take(rows)).all(axis=1)]
+        bad += len(wrong)
+        first = min(first, int(wrong.min(initial=first)))
+    return BadRows(bad, first)
+
+
+def check_finite(
+    table: FeatureTable, name: str | None = None, found: BadRows | None = None
+) -> None:
     """Reads a table once and raises if it holds NaN or Inf.
 
     Args:
         table: the rows to check.
         name: what to call them in the message; by default the table's own name.
+        found: what `find_bad_rows` found, where others have read the rows already.
 
     Raises:
         ValueError: naming the table, how many rows are bad, and the first one (and its id).
     """
-    # In the order of the disk, whatever the order of the selection: each block is read once.
-    order = table.disk_order()
-    size = _chunk_rows(table.dim)
-    bad, first = 0, len(table)
-    for start in range(0, len(table), size):
-        rows = order[start : start + size]
-        wrong = rows[~np.isfinite(table.take(rows)).all(axis=1)]
-        bad += len(wrong)
-        first = min(first, int(wrong.min(initial=first)))
+    bad, first = find_bad_rows(table) if found is None else found
     if bad:
         which = "" if table.ids is None else f" (id {str(table.ids[first])!r})"
         raise ValueError(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from sotalign_jax import features
 from sotalign_jax.config import Config, ConfigError
 from sotalign_jax.features import FeatureTable, Pairs, Splits
 from sotalign_jax.teachers import (
+    ColumnMoments,
     Columns,
     LinearTeacher,
     Moments,
@@ -19,6 +21,7 @@ from sotalign_jax.teachers import (
     column_moments_of,
     columns_of,
     contrastive,
+    merge_column_moments,
     moments_of,
     procrustes,
     recentered,
@@ -30,12 +33,12 @@ from sotalign_jax.teachers.moments import (
     standardized_rows64,
     unit_rows64,
 )
-from sotalign_jax.training.distributed import broadcast
+from sotalign_jax.training.distributed import broadcast, gather
 
 __all__ = ["fit_teacher", "load_splits", "load_test_pairs"]
 
 _CHUNK = 8_192
-# Parts of the pairs that different processes may read; more would only be more to exchange.
+# Parts of a table that different processes may read; more would only be more to exchange.
 _PARTS = 16
 # Pairs a step of the contrastive teacher: all of the paper's 10,000.
 _CONTRASTIVE_BATCH = 10_000
@@ -48,7 +51,8 @@ def load_splits(config: Config) -> Splits:
         config: a validated configuration.
 
     Returns:
-        The splits. The pairs, and the unpaired rows of files, are drawn with ``config.seed``.
+        The splits. The pairs, and the unpaired rows of files, are drawn with ``config.seed``. Of
+        several processes, each reads a part of the rows to check them.
 
     Raises:
         ValueError: a file that is missing or not features, tables that do not join, NaN or
@@ -68,13 +72,25 @@ def load_splits(config: Config) -> Splits:
         )
     else:
         splits = _from_files(config)
-    for side in ("image", "text"):
-        features.check_finite(getattr(splits.pairs, side))
-        features.check_finite(getattr(splits, f"unpaired_{side}"))
-        for held_out in (splits.val, splits.test):
-            if held_out is not None:
-                features.check_finite(getattr(held_out, side))
+    _check_finite(splits)
     return splits
+
+
+def _check_finite(splits: Splits) -> None:
+    """Raises ValueError for NaN or Inf: the same one in all processes, each of which reads a part.
+
+    Of several bad tables, the first is named.
+    """
+    tables = []
+    for side in ("image", "text"):
+        tables += [getattr(splits.pairs, side), getattr(splits, f"unpaired_{side}")]
+        tables += [getattr(held, side) for held in (splits.val, splits.test) if held is not None]
+    me, count = jax.process_index(), jax.process_count()
+    mine = np.array([features.find_bad_rows(table, me, count) for table in tables], np.int64)
+    everyone = np.stack(gather(mine))
+    for number, table in enumerate(tables):
+        bad, first = everyone[:, number, 0].sum(), everyone[:, number, 1].min()
+        features.check_finite(table, found=features.BadRows(int(bad), int(first)))
 
 
 def load_test_pairs(config: Config) -> Pairs | None:
@@ -292,9 +308,17 @@ def _columns(settings: Config, splits: Splits, side: str) -> Columns | None:
     if not power:
         return None
     tables = (getattr(splits.pairs, side), getattr(splits, f"unpaired_{side}"))
-    chunks = (chunk for table in tables if len(table) for chunk in table.chunks(_CHUNK))
+    zeros = np.zeros(tables[0].dim)
+    empty = total = ColumnMoments(0, zeros, zeros)
+    for table in tables:
+
+        def read(rows: np.ndarray, table: FeatureTable = table) -> ColumnMoments:
+            return column_moments_of(table.select(rows).chunks(_CHUNK))
+
+        for count, *rest in _parts(len(table), empty, read):
+            total = merge_column_moments(total, ColumnMoments(int(count), *rest))
     try:
-        return columns_of(column_moments_of(chunks), power=power)
+        return columns_of(total, power=power)
     except ValueError as error:
         raise ConfigError(f"config.teacher.standardize.{side}: {error}") from error
 
@@ -302,32 +326,57 @@ def _columns(settings: Config, splits: Splits, side: str) -> Columns | None:
 def _pair_moments(
     splits: Splits, image_columns: Columns | None, text_columns: Columns | None
 ) -> Moments:
-    """Moments of the pairs, of which each of several processes reads a part.
-
-    The parts, and the order in which they are added up, do not depend on the number of processes.
-    """
+    """Moments of the pairs."""
     image, text = splits.pairs.image, splits.pairs.text
-    total = empty_moments(image.dim, text.dim)
-    parts = min(_PARTS, -(-len(image) // _CHUNK))
-    bounds = [len(image) * part // parts for part in range(parts + 1)]
-    for part, (start, stop) in enumerate(itertools.pairwise(bounds)):
-        owner = part % jax.process_count()
-        moments = empty_moments(image.dim, text.dim)
-        if owner == jax.process_index():
-            rows = np.arange(start, stop)
-            chunks = (table.select(rows).chunks(_CHUNK) for table in (image, text))
-            moments = moments_of(
-                zip(*chunks, strict=True), image_columns=image_columns, text_columns=text_columns
-            )
-        count, *rest = broadcast([np.asarray(moments.count), *moments[1:]], owner)
+
+    def read(rows: np.ndarray) -> Moments:
+        chunks = (table.select(rows).chunks(_CHUNK) for table in (image, text))
+        return moments_of(
+            zip(*chunks, strict=True), image_columns=image_columns, text_columns=text_columns
+        )
+
+    empty = total = empty_moments(image.dim, text.dim)
+    for count, *rest in _parts(len(image), empty, read):
         total = merge_moments(total, Moments(int(count), *rest))
     return total
 
 
 def _unit_mean(table: FeatureTable, columns: Columns | None) -> np.ndarray:
     """Mean of the rows of a table, each scaled to unit length (and standardised)."""
+
+    def read(rows: np.ndarray) -> list[np.ndarray]:
+        total = np.zeros(table.dim)
+        for chunk in table.select(rows).chunks(_CHUNK):
+            unit = unit_rows64(chunk.astype(np.float64))
+            total += standardized_rows64(unit, columns).sum(axis=0)
+        return [total]
+
     total = np.zeros(table.dim)
-    for chunk in table.chunks(_CHUNK):
-        rows = unit_rows64(chunk.astype(np.float64))
-        total += standardized_rows64(rows, columns).sum(axis=0)
+    for (part,) in _parts(len(table), [total], read):
+        total = total + part
     return total / len(table)
+
+
+def _parts(
+    rows: int, empty: Sequence[Any], read: Callable[[np.ndarray], Sequence[Any]]
+) -> Iterator[list[np.ndarray]]:
+    """What is read of the parts of some rows, in order, each part by one process for all.
+
+    Neither the parts nor their order depend on the number of processes, so that a sum over them
+    does not either. The processes read at the same time, one part each.
+
+    Args:
+        rows: how many there are.
+        empty: numbers and arrays of the shapes that ``read`` returns.
+        read: given the numbers of the rows of a part.
+    """
+    parts = min(_PARTS, -(-rows // _CHUNK))
+    me, count = jax.process_index(), jax.process_count()
+    for first in range(0, parts, count):
+        mine = first + me
+        found = empty
+        if mine < parts:
+            found = read(np.arange(rows * mine // parts, rows * (mine + 1) // parts))
+        arrays = [np.asarray(value) for value in found]
+        for owner in range(min(count, parts - first)):
+            yield broadcast(arrays, owner)

@@ -30,7 +30,7 @@ import numpy as np
 from jax._src import clusters
 from jax.experimental import multihost_utils
 
-__all__ = ["Preempted", "PreemptionWatch", "Start", "barrier", "broadcast", "start"]
+__all__ = ["Preempted", "PreemptionWatch", "Start", "barrier", "broadcast", "gather", "start"]
 
 _NAMES = {
     "coordinator": "SOTALIGN_COORDINATOR",
@@ -297,6 +297,22 @@ def broadcast(arrays: Sequence[np.ndarray], source: int) -> list[np.ndarray]:
         data = np.asarray(multihost_utils.broadcast_one_to_all(data, is_source=here))
         out.append(np.frombuffer(data.tobytes(), array.dtype).reshape(array.shape))
     return out
+
+
+def gather(array: np.ndarray) -> list[np.ndarray]:
+    """What every process has, on all of them, to the last bit.
+
+    Args:
+        array: the value of this process, of the same shape and dtype on all.
+
+    Returns:
+        The arrays, by process.
+    """
+    if jax.process_count() == 1:
+        return [array]
+    data = np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8)  # as in `broadcast`
+    everyone = np.asarray(multihost_utils.process_allgather(data))
+    return [np.frombuffer(one.tobytes(), array.dtype).reshape(array.shape) for one in everyone]
 
 
 class Preempted(Exception):

@@ -8,10 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sotalign_jax.features import (
+    BadRows,
     FeatureTable,
     MissingFileError,
     check_finite,
     concat,
+    find_bad_rows,
     open_store,
     write_store,
 )
@@ -376,6 +378,33 @@ def test_check_finite_counts_and_names():
         check_finite(table)
     with pytest.raises(ValueError, match=r"^images: 1 of 1 rows .* row 0$"):
         check_finite(FeatureTable.from_array(values[[7500]]), "images")
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7])
+def test_every_row_is_checked_in_exactly_one_part(parts):
+    rng = np.random.default_rng(parts)
+    values = np.zeros((50, 4), np.float32)
+    bad = rng.choice(50, size=9, replace=False)
+    values[bad, rng.integers(4, size=9)] = np.nan
+    read = []
+    whole = FeatureTable.from_array(values)
+    table = whole.select(rng.permutation(50)[:40])
+    take = FeatureTable.take
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            FeatureTable, "take", lambda self, rows: read.extend(rows) or take(self, rows)
+        )
+        found = [find_bad_rows(table, part, parts) for part in range(parts)]
+    assert sorted(read) == list(range(40))
+    wrong = np.flatnonzero(np.isnan(table.array()).any(axis=1))
+    assert sum(one.count for one in found) == len(wrong)
+    assert min(one.first for one in found) == wrong[0]
+    with pytest.raises(ValueError, match=f"part: must be at least 0 and less than parts .{parts}"):
+        find_bad_rows(table, parts, parts)
+    # A caller that knows already has nothing read again.
+    with pytest.raises(ValueError, match=f"array: {len(wrong)} of 40 rows .* row {wrong[0]}$"):
+        check_finite(table, found=BadRows(len(wrong), int(wrong[0])))
+    assert len(read) == 40
 
 
 def test_doubles_beyond_float32_are_found():

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import numpy as np
 import pytest
 import reference
@@ -13,7 +16,7 @@ from sotalign_jax.config import ConfigError, validate
 from sotalign_jax.features import FeatureTable, write_store
 from sotalign_jax.models import Aligner
 from sotalign_jax.teachers import cca, moments_of, refit
-from sotalign_jax.training import evaluate, fit_teacher, init_aligner, load_splits, train
+from sotalign_jax.training import data, evaluate, fit_teacher, init_aligner, load_splits, train
 
 STANDARDIZED = {"teacher__standardize__image": 0.5}
 REFIT = {"teacher__refit__weight": 0.3, "teacher__refit__epsilon": 0.1}
@@ -163,3 +166,93 @@ def test_what_the_rows_do_not_support_is_named():
     held = dataclasses.replace(empty, pairs=dataclasses.replace(splits.pairs, image=table))
     with pytest.raises(ConfigError, match=r"config.teacher.standardize.image: .* do not vary"):
         fit_teacher(validate(tiny(**STANDARDIZED)), held)
+
+
+# ---- several processes
+
+
+class Processes:
+    """Threads that take one another for processes: each has an index, and they exchange arrays."""
+
+    def __init__(self, count, patch):
+        self.count, self.local, self.slots = count, threading.local(), [None] * count
+        self.barrier = threading.Barrier(count, timeout=60)
+        patch.setattr(data.jax, "process_index", lambda: self.local.index)
+        patch.setattr(data.jax, "process_count", lambda: count)
+        patch.setattr(data, "gather", lambda array: self.exchange(array))
+        patch.setattr(data, "broadcast", lambda arrays, source: self.exchange(arrays)[source])
+        patch.setattr(FeatureTable, "read", self.reading(FeatureTable.read))
+        patch.setattr(FeatureTable, "take", self.reading(FeatureTable.take))
+        self.rows_read = [0] * count
+
+    def reading(self, method):
+        def read(table, rows):
+            found = method(table, rows)
+            self.rows_read[self.local.index] += len(found)
+            return found
+
+        return read
+
+    def exchange(self, value):
+        self.slots[self.local.index] = value
+        self.barrier.wait()
+        everyone = list(self.slots)
+        self.barrier.wait()
+        return everyone
+
+    def run(self, work):
+        """What ``work`` returned or raised in each."""
+
+        def one(index):
+            self.local.index = index
+            try:
+                return work()
+            except ValueError as error:
+                return error
+
+        with ThreadPoolExecutor(self.count) as pool:
+            return list(pool.map(one, range(self.count)))
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_processes_read_parts_and_agree_to_the_last_bit(count, monkeypatch):
+    monkeypatch.setattr(data, "_CHUNK", 30)  # 16 parts of a table
+    config = validate(tiny(teacher__center="unpaired", data__n_pairs=500, **STANDARDIZED))
+    splits = load_splits(config)
+
+    def work():
+        return data.fit_teacher(config, splits)
+
+    with pytest.MonkeyPatch.context() as patch:
+        alone = Processes(1, patch)
+        (expected,) = alone.run(work)
+    with pytest.MonkeyPatch.context() as patch:
+        processes = Processes(count, patch)
+        for teacher in processes.run(work):
+            for found, wanted in zip(
+                jax.tree.leaves(teacher), jax.tree.leaves(expected), strict=True
+            ):
+                np.testing.assert_array_equal(found, wanted)
+    # The columns of images, the means of both sides, the moments: no row twice for one purpose.
+    assert sum(processes.rows_read) == sum(alone.rows_read)
+    assert max(processes.rows_read) < sum(alone.rows_read) / count * 1.5
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_processes_check_parts_and_raise_the_same_error(count, monkeypatch):
+    splits = load_splits(validate(tiny()))
+    rows = splits.unpaired_text.array().copy()
+    rows[[3, 200], 1] = np.nan  # in parts of different processes
+    bad = dataclasses.replace(splits, unpaired_text=FeatureTable.from_array(rows, name="texts"))
+    processes = Processes(count, monkeypatch)
+    assert processes.run(lambda: data._check_finite(splits)) == [None] * count
+    tables = [splits.pairs, splits.val, splits.test]
+    expected = sum(len(pairs.image) + len(pairs.text) for pairs in tables)
+    expected += len(splits.unpaired_image) + len(splits.unpaired_text)
+    assert sum(processes.rows_read) == expected
+    assert max(processes.rows_read) <= expected / count + 8
+    errors = processes.run(lambda: data._check_finite(bad))
+    assert {str(error) for error in errors} == {
+        "texts: 2 of 256 rows hold NaN or Inf; the first is row 3"
+    }
+    assert len(errors) == count
