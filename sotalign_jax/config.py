@@ -106,6 +106,7 @@ def default_config() -> Config:
     config.loss.warm_teacher = 1.0
     config.loss.memory = "auto"
     config.loss.memory_gib = 4.0
+    config.loss.precision = "float32"
 
     config.batch = ml_collections.ConfigDict()
     config.batch.pairs = 10_000
@@ -160,6 +161,7 @@ _CHOICES = {
     "loss.normalization": ("mean", "rows"),
     "loss.divergence": ("klot", "cka", "info_nce"),
     "loss.memory": ("auto", "dense", "streamed"),
+    "loss.precision": ("float32", "bfloat16_3x"),
     "optimizer.name": ("lion", "adamw"),
     "select": ("last", "best"),
     "select_metric": tuple(

@@ -112,6 +112,7 @@ def test_a_recorded_configuration_is_the_configuration():
         ("objective", "siglip", r"config.objective: got 'siglip'; must be one of sotalign, sail"),
         ("optimizer.name", "sgd", r"config.optimizer.name: .* lion, adamw"),
         ("select_metric", "mean_recall@3", r"config.select_metric: .* mean_recall@1, "),
+        ("loss.precision", "bfloat16", r"config.loss.precision: .* float32, bfloat16_3x"),
         ("optimizer.warmup", 1.0, r"config.optimizer.warmup: must lie in \[0, 1\), got 1.0"),
         ("optimizer.b1", 1.0, r"config.optimizer.b1: must lie in \[0, 1\)"),
         ("optimizer.b2", -0.1, r"config.optimizer.b2: must lie in \[0, 1\)"),

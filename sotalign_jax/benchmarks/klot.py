@@ -7,7 +7,8 @@ is a plain log-sum-exp Sinkhorn loop in JAX. Both sides see the same two matrice
 and take turns; the marginal errors are those of the plans themselves, summed up in float64.
 
 ``--memory dense,streamed --devices 1,2`` also measures the loss from embeddings on, in these forms
-and spread over so many devices.
+and spread over so many devices; ``--precision float32,bfloat16_3x`` does so for both kinds of
+products. On a CPU, which has no units for bfloat16, three of them take longer than one of float32.
 
 Measure on an idle machine. On a busy one PyTorch's threads wait for each other and it can seem
 twenty times slower than it is; the printed load average tells, and OMP_NUM_THREADS=1 avoids it.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
@@ -38,7 +40,7 @@ from sotalign_jax.benchmarks.programs import Memory, check_devices, compiled_klo
 from sotalign_jax.features.embedded import emoji_table, openclipart_table
 from sotalign_jax.files import replace_text
 from sotalign_jax.losses import klot_from_affinity
-from sotalign_jax.numerics import unit_rows
+from sotalign_jax.numerics import MatmulPrecision, check_precision, unit_rows
 from sotalign_jax.teachers import cca, moments_of
 from sotalign_jax.transport import solve
 
@@ -270,6 +272,7 @@ def run(
     repeats: int = 5,
     seed: int = 0,
     memory: Sequence[str] = (),
+    precision: Sequence[str] = ("float32",),
     devices: Sequence[int] = (1,),
 ) -> dict[str, Any]:
     """Measure everything, in one process.
@@ -280,6 +283,7 @@ def run(
         repeats: timed calls of each contender, which take turns; the median counts.
         seed: of the affinities.
         memory: forms of :func:`sotalign_jax.losses.klot` to measure too, from embeddings.
+        precision: of the products of each of them.
         devices: numbers of devices to spread each of them over.
 
     Returns:
@@ -288,9 +292,9 @@ def run(
         float64 L1 ``errors`` of rows and columns of both plans (empty if not known). The first
         is the other side. The second is ours at the loosest thresholds whose plans are no worse
         than the other side's (down to what float32 can tell), the third ours at the default.
-        ``forms`` lists, for each form and number of devices, ``seconds``, ``median_seconds``,
-        ``ratio`` (the first form's median over its own), ``temporary_bytes`` (temporary arrays of
-        one device, as compiled), ``value``, and differences to the first form.
+        ``forms`` lists, for each form, precision and number of devices, ``seconds``,
+        ``median_seconds``, ``ratio`` (the first form's median over its own), ``temporary_bytes``
+        (temporary arrays of one device, as compiled), ``value``, and differences to the first form.
 
     Raises:
         ValueError: if ``n`` or ``repeats`` is too small, or the reference cannot be used.
@@ -302,6 +306,8 @@ def run(
     for form in memory:
         if form not in FORMS:
             raise ValueError(f"memory must be of {', '.join(FORMS)}, got {form!r}")
+    for kind in precision:
+        check_precision(kind)
     check_devices(devices, n)
     student, teacher = affinities(n, seed)
     if reference is None:
@@ -342,7 +348,7 @@ def run(
         "reference": None if reference is None else pathlib.Path(reference).name,
         "largest_gradient": float(np.abs(gradients[0]).max()),
         "contenders": rows,
-        "forms": _forms(n, cast(Any, memory), devices, repeats, seed) if memory else [],
+        "forms": _forms(n, cast(Any, memory), cast(Any, precision), devices, repeats, seed),
         "cpus": os.cpu_count(),
         "load_average": load,
         "device": jax.devices()[0].device_kind,
@@ -362,12 +368,21 @@ def _take_turns(calls: Sequence[Callable[[], Any]], repeats: int) -> list[list[f
 
 
 def _forms(
-    n: int, memory: Sequence[Memory], devices: Sequence[int], repeats: int, seed: int
+    n: int,
+    memory: Sequence[Memory],
+    precision: Sequence[MatmulPrecision],
+    devices: Sequence[int],
+    repeats: int,
+    seed: int,
 ) -> list[dict[str, Any]]:
     """Each form of the loss on each number of devices, at its default thresholds."""
+    asked = list(itertools.product(memory, precision, devices))
+    if not asked:
+        return []
     rows = embeddings(n, seed)
-    asked: list[tuple[Memory, int]] = [(form, count) for form in memory for count in devices]
-    programs = [compiled_klot(n, rows[0].shape[1], count, form) for form, count in asked]
+    programs = [
+        compiled_klot(n, rows[0].shape[1], count, form, kind) for form, kind, count in asked
+    ]
     arguments = [
         [jax.device_put(row, to) for row, to in zip(rows, program.input_shardings[0], strict=True)]
         for program in programs
@@ -384,6 +399,7 @@ def _forms(
     return [
         {
             "memory": form,
+            "precision": kind,
             "devices": count,
             "seconds": times,
             "median_seconds": median,
@@ -396,7 +412,7 @@ def _forms(
                 for side, first in zip(gradient, gradients[0], strict=True)
             ),
         }
-        for (form, count), program, times, median, result, gradient in zip(
+        for (form, kind, count), program, times, median, result, gradient in zip(
             asked, programs, seconds, medians, results, gradients, strict=True
         )
     ]
@@ -480,6 +496,7 @@ def _forms_table(report: dict[str, Any]) -> Table:
         caption="Differences, of gradients with respect to embeddings, are to the first row.",
     )
     table.add_column("memory")
+    table.add_column("products")
     for heading in ("devices", "time", "ratio", "temporary, a device", "value"):
         table.add_column(heading, justify="right")
     table.add_column("value diff.", justify="right")
@@ -487,6 +504,7 @@ def _forms_table(report: dict[str, Any]) -> Table:
     for row in report["forms"]:
         table.add_row(
             row["memory"],
+            row["precision"],
             str(row["devices"]),
             f"{row['median_seconds']:.3g} s",
             f"{row['ratio']:.2f}",
@@ -512,21 +530,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--reference", help="PyTorch file with a class KLOT; executed")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls; the median counts")
     parser.add_argument("--memory", help="also from embeddings: dense,streamed or one of them")
+    parser.add_argument(
+        "--precision", help="with --memory: products, float32,bfloat16_3x or one of them"
+    )
     parser.add_argument("--devices", help="with --memory: numbers of devices, as in 1,2,4")
     parser.add_argument("--json", type=pathlib.Path, help="file to write the numbers to")
     options = parser.parse_args(arguments)
     if options.json is not None and not options.json.resolve().parent.is_dir():
         parser.error(f"--json: there is no directory {options.json.resolve().parent}")
-    if options.devices is not None and options.memory is None:
-        parser.error(
-            "--devices: spreads the forms that --memory names; give --memory dense,streamed"
-        )
+    if options.memory is None:
+        if options.devices is not None:
+            parser.error(
+                "--devices: spreads the forms that --memory names; give --memory dense,streamed"
+            )
+        if options.precision is not None:
+            parser.error(
+                "--precision: is of the forms that --memory names; give --memory dense,streamed"
+            )
     try:
         report = run(
             options.n,
             reference=options.reference,
             repeats=options.repeats,
             memory=options.memory.split(",") if options.memory else (),
+            precision=(options.precision or "float32").split(","),
             devices=whole_numbers("devices", options.devices or "1"),
         )
     except ValueError as error:

@@ -16,7 +16,7 @@ from sotalign_jax.config import Config, ConfigError, explain, validate
 from sotalign_jax.features import FeatureTable, Pairs, Splits
 from sotalign_jax.features.batches import Batch
 from sotalign_jax.losses import klot
-from sotalign_jax.numerics import Columns
+from sotalign_jax.numerics import Columns, MatmulPrecision
 from sotalign_jax.teachers import LinearTeacher
 from sotalign_jax.training.data import fit_teacher, load_splits
 from sotalign_jax.training.devices import AXIS, padded
@@ -177,7 +177,9 @@ def compile_programs(config: Config, inputs: Inputs) -> tuple[Setup, dict[str, A
     }
 
 
-def compiled_klot(n: int, d: int, devices: int, memory: Memory) -> Any:
+def compiled_klot(
+    n: int, d: int, devices: int, memory: Memory, precision: MatmulPrecision = "float32"
+) -> Any:
     """KLOT of ``n`` images and ``n`` texts, value and gradient, compiled for so many devices.
 
     Args:
@@ -185,6 +187,7 @@ def compiled_klot(n: int, d: int, devices: int, memory: Memory) -> Any:
         d: columns of student and teacher embeddings.
         devices: over which the images are spread.
         memory: as for `klot`.
+        precision: as for `klot`.
 
     Returns:
         The program: ``(image, text, teacher_image, teacher_text)`` to the value and its gradient
@@ -193,8 +196,8 @@ def compiled_klot(n: int, d: int, devices: int, memory: Memory) -> Any:
 
     def value_and_gradient(image, text, teacher_image, teacher_text):
         def loss(image, text):
-            value, _ = klot(image, text, teacher_image, teacher_text, memory=memory, axis_name=axis)
-            return value
+            rows = (image, text, teacher_image, teacher_text)
+            return klot(*rows, memory=memory, precision=precision, axis_name=axis)[0]
 
         return jax.value_and_grad(loss, argnums=(0, 1))(image, text)
 

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from sotalign_jax.losses.affinity import check_same_dim, cosine_affinity
-from sotalign_jax.numerics import unit_rows
+from sotalign_jax.numerics import MatmulPrecision, check_precision, unit_rows
 from sotalign_jax.transport import StreamedAffinity
 from sotalign_jax.transport.geometry import AxisName
 from sotalign_jax.transport.streamed import over_blocks
@@ -28,6 +28,7 @@ def siglip(
     image_mask: Bool[ArrayLike, " n"] | None = None,
     text_mask: Bool[ArrayLike, " m"] | None = None,
     block: int | None = None,
+    precision: MatmulPrecision = "float32",
     axis_name: AxisName | None = None,
 ) -> Float[Array, ""]:
     r"""Sigmoid loss of every image with every text, the diagonal being the true pairs.
@@ -51,6 +52,7 @@ def siglip(
         image_mask: ``(n,)``, False for rows that do not count (padding); all count by default.
         text_mask: ``(m,)``, likewise. ``n`` and ``m`` above are then the rows that count.
         block: rows of logits that are held at once, forward and backward; all by default.
+        precision: of the products of embeddings, forward and backward, as for `klot`.
         axis_name: inside ``shard_map``, the mesh axes over which the images are spread: ``image``
             and ``image_mask`` are this device's rows, in the order of the devices; texts are whole
             on every device, and the value is the same on all.
@@ -59,8 +61,8 @@ def siglip(
         Float32 scalar, in nats.
 
     Raises:
-        ValueError: if the dimensions differ, ``normalization`` is unknown or ``block`` is not
-            positive.
+        ValueError: if the dimensions differ, ``normalization`` or ``precision`` is unknown, or
+            ``block`` is not positive.
 
     References:
         X. Zhai et al., "Sigmoid loss for language image pre-training", ICCV 2023, equation (1).
@@ -70,11 +72,12 @@ def siglip(
         raise ValueError(f"normalization must be 'mean' or 'rows', got {normalization!r}")
     if block is not None and block < 1:
         raise ValueError(f"block must be at least 1, got {block}")
+    check_precision(precision)
     check_same_dim(image, text)
     n, m = jnp.shape(image)[0], jnp.shape(text)[0]
     image_mask = jnp.ones(n, bool) if image_mask is None else jnp.asarray(image_mask)
     text_mask = jnp.ones(m, bool) if text_mask is None else jnp.asarray(text_mask)
-    affinity = StreamedAffinity(unit_rows(image), unit_rows(text), block or n)
+    affinity = StreamedAffinity(unit_rows(image), unit_rows(text), block or n, precision)
     first = jnp.asarray(0, jnp.int32)
     if axis_name is not None:
         first = jnp.asarray(jax.lax.axis_index(axis_name) * n, jnp.int32)

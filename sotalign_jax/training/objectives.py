@@ -62,6 +62,7 @@ class LossSettings:
     memory_gib: float
     warm_student: float
     warm_teacher: float
+    precision: Literal["float32", "bfloat16_3x"]
     normalization: Literal["mean", "rows"]
     # Not of the configuration: where the rows of a batch are spread over devices, the axis of the
     # mesh, and how many pairs, unpaired images and unpaired texts a batch has before padding.
@@ -157,6 +158,7 @@ def _klot(
         ),
         memory=settings.memory,
         memory_gib=settings.memory_gib,
+        precision=settings.precision,
         axis_name=settings.axis_name,
     )
     metrics = {
@@ -247,6 +249,7 @@ def sail(
         image_mask=image_mask,
         text_mask=text_mask,
         block=_block(image.shape[0], text.shape[0], settings),
+        precision=settings.precision,
         axis_name=settings.axis_name,
     )
     return value, Outcome({"train/siglip": value})
@@ -278,6 +281,7 @@ def sail_semi(
             image_mask=mask,
             text_mask=None if mask is None else jnp.concatenate([whole_mask, more_mask]),
             block=_block(pairs[side].shape[0], others.shape[0], settings),
+            precision=settings.precision,
             axis_name=settings.axis_name,
         )
 

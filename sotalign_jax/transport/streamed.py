@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ott.solvers.linear import acceleration
 
-from sotalign_jax.numerics import varying_like
+from sotalign_jax.numerics import MatmulPrecision, matmul, varying_like
 from sotalign_jax.transport.geometry import HIGHEST, AxisName, Look, RowGeometry
 
 __all__ = ["StreamedAffinity", "StreamedGeometry", "block_rows", "over_blocks"]
@@ -50,12 +50,14 @@ class StreamedAffinity:
         image: ``(n, d)`` rows.
         text: ``(m, d)`` rows.
         block: rows of the affinity that are formed at once; static.
+        precision: of the product, for `numerics.matmul`; static.
     """
 
     # Not typed more closely: JAX rebuilds pytrees with other things than arrays in them.
     image: Any
     text: Any
     block: int = dataclasses.field(default=256, metadata={"static": True})
+    precision: MatmulPrecision = dataclasses.field(default="float32", metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -74,8 +76,8 @@ class StreamedAffinity:
         )
 
     def of_rows(self, image: Float[Array, "k d"]) -> Float[Array, "k m"]:
-        """The affinity of some rows, at full matrix precision."""
-        return jnp.matmul(image, self.text.T, precision=HIGHEST)
+        """The affinity of some rows."""
+        return matmul(image, self.text.T, self.precision)
 
 
 def over_blocks(

@@ -122,10 +122,14 @@ def test_a_torch_reference(tmp_path, with_sinkhorn):
 def test_forms(tmp_path, capsys):
     path = tmp_path / "numbers.json"
     arguments = ["--n", "48", "--repeats", "2", "--json", str(path)]
-    benchmark.main([*arguments, "--memory", "dense,streamed", "--devices", "2"])
-    assert "temporary, a device" in capsys.readouterr().out
+    products = ["float32", "bfloat16_3x"]
+    more = ["--memory", "dense,streamed", "--precision", ",".join(products), "--devices", "2"]
+    benchmark.main([*arguments, *more])
+    printed = capsys.readouterr().out
+    assert "temporary, a device" in printed and "bfloat16_3x" in printed
     forms = json.loads(path.read_text())["forms"]
-    assert [form["memory"] for form in forms] == ["dense", "streamed"]
+    assert [form["memory"] for form in forms] == ["dense", "dense", "streamed", "streamed"]
+    assert [form["precision"] for form in forms] == 2 * products
     value, _ = reference.klot(*benchmark.affinities(48), 0.05, 0.01)
     for form in forms:
         np.testing.assert_allclose(form["value"], value, rtol=1e-2)
@@ -170,6 +174,8 @@ class TestErrors:
         ("arguments", "message"),
         [
             (["--memory", "sparse"], "memory must be of dense, streamed, got 'sparse'"),
+            (["--precision", "float32"], "--precision: is of the forms that --memory names"),
+            (["--memory", "dense", "--precision", "half"], "precision must be 'float32' or"),
             (["--devices", "2"], "--devices: spreads the forms that --memory names"),
             (["--memory", "dense", "--devices", "x"], "devices: must be positive whole numbers"),
             (["--memory", "dense", "--devices", "3"], "n must be a multiple of devices, got 16"),

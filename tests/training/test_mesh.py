@@ -49,6 +49,7 @@ CASES = {
     "klot": (8, {}),
     "klot streamed, rows from disk": (3, {"loss__memory": "streamed", "data__resident": "never"}),
     "all pairs in every batch": (4, {"batch__pairs": 64}),
+    "klot by products of parts": (4, {"loss__precision": "bfloat16_3x"}),
     "sail, by blocks": (4, {"objective": "sail", "loss__memory": "streamed"}),
     "sail_semi": (3, {"objective": "sail_semi", "loss__normalization": "rows"}),
     "cka": (4, {"loss__divergence": "cka"}),

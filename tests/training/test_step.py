@@ -429,6 +429,22 @@ def test_alpha_zero_is_sail_to_the_last_bit():
     assert (with_klot["image.linear.kernel"] != named(sail[0].params)["image.linear.kernel"]).any()
 
 
+def test_precision_reaches_both_losses():
+    def products(objective, precision):
+        run = Run(tiny(objective=objective, loss__precision=precision))
+        program = run_resident.lower(
+            run.setup, 10, run.state(), run.rest, run.prepared, run.key
+        ).as_text()
+        return program.count("xbf16>) -> tensor<")
+
+    assert products("sotalign", "float32") == products("sail_semi", "float32") == 0
+    siglip = products("sail", "bfloat16_3x")
+    assert siglip == 3 * 3  # forward, and back to both sides
+    assert products("sail_semi", "bfloat16_3x") == 2 * siglip
+    # KLOT's: the affinities of student and teacher, and from the student's back to both sides.
+    assert products("sotalign", "bfloat16_3x") == siglip + 3 * 4
+
+
 @pytest.mark.parametrize("divergence", ["klot", "cka", "info_nce"])
 def test_each_divergence_falls_where_it_alone_counts(divergence):
     config = tiny(loss__divergence=divergence, loss__alpha=100.0, steps=60)
