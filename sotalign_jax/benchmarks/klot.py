@@ -9,6 +9,8 @@ and take turns; the marginal errors are those of the plans themselves, summed up
 ``--memory dense,streamed --devices 1,2`` also measures the loss from embeddings on, in these forms
 and spread over so many devices; ``--precision float32,bfloat16_3x`` does so for both kinds of
 products. On a CPU, which has no units for bfloat16, three of them take longer than one of float32.
+``--forms-only`` leaves the contenders and their matrices out, so that ``--n 32768 --d 256 --memory
+streamed --repeats 1`` fits into little memory; the peak of the process is then printed.
 
 Measure on an idle machine. On a busy one PyTorch's threads wait for each other and it can seem
 twenty times slower than it is; the printed load average tells, and OMP_NUM_THREADS=1 avoids it.
@@ -274,17 +276,22 @@ def run(
     memory: Sequence[str] = (),
     precision: Sequence[str] = ("float32",),
     devices: Sequence[int] = (1,),
+    d: int | None = None,
+    forms_only: bool = False,
 ) -> dict[str, Any]:
     """Measure everything, in one process.
 
     Args:
         n: images and texts in the batch.
         reference: PyTorch file to compare with; by default :func:`plain_loop`.
-        repeats: timed calls of each contender, which take turns; the median counts.
+        repeats: timed calls of each contender, which take turns; the median counts. A form that is
+            called only once is not warmed up before.
         seed: of the affinities.
         memory: forms of :func:`sotalign_jax.losses.klot` to measure too, from embeddings.
         precision: of the products of each of them.
         devices: numbers of devices to spread each of them over.
+        d: columns of the embeddings of these forms; all by default.
+        forms_only: leave the contenders out.
 
     Returns:
         A JSON-able dict; ``contenders`` lists, for each, its name, ``seconds`` of all calls,
@@ -295,6 +302,7 @@ def run(
         ``forms`` lists, for each form, precision and number of devices, ``seconds``,
         ``median_seconds``, ``ratio`` (the first form's median over its own), ``temporary_bytes``
         (temporary arrays of one device, as compiled), ``value``, and differences to the first form.
+        ``peak_bytes`` is the most memory that the process had, None where the system does not say.
 
     Raises:
         ValueError: if ``n`` or ``repeats`` is too small, or the reference cannot be used.
@@ -308,7 +316,37 @@ def run(
             raise ValueError(f"memory must be of {', '.join(FORMS)}, got {form!r}")
     for kind in precision:
         check_precision(kind)
+    if forms_only and not memory:
+        raise ValueError("memory must name a form where forms_only is set, got none")
     check_devices(devices, n)
+    rows = embeddings(n, seed) if memory else ()
+    if d is not None and rows and not 1 <= d <= rows[0].shape[1]:
+        raise ValueError(f"d must be between 1 and {rows[0].shape[1]}, got {d}")
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    report: dict[str, Any] = {"contenders": [], "largest_gradient": None}
+    if not forms_only:
+        report |= _contenders(n, reference, repeats, seed)
+    forms = []
+    if rows:
+        rows = tuple(side[:, :d] for side in rows)
+        forms = _forms(rows, cast(Any, memory), cast(Any, precision), devices, repeats)
+    return report | {
+        "n": n,
+        "seed": seed,
+        "epsilon": EPSILON,
+        "teacher_epsilon": TEACHER_EPSILON,
+        "reference": None if reference is None else pathlib.Path(reference).name,
+        "forms": forms,
+        "peak_bytes": _peak_bytes(),
+        "cpus": os.cpu_count(),
+        "load_average": load,
+        "device": jax.devices()[0].device_kind,
+        "versions": _versions(),
+    }
+
+
+def _contenders(n: int, reference, repeats: int, seed: int) -> dict[str, Any]:
+    """The other side and ours, on the same two matrices."""
     student, teacher = affinities(n, seed)
     if reference is None:
         other = plain_loop(student, teacher)
@@ -319,10 +357,9 @@ def run(
     default = ours(student, teacher, (DEFAULT_THRESHOLD, DEFAULT_THRESHOLD))
     contenders = [other, matched, default]
     errors = [other_errors, _errors(matched.plans()), _errors(default.plans())]
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
     results = [contender.call() for contender in contenders]  # and compile
-    seconds = _take_turns([contender.call for contender in contenders], repeats)
+    seconds, _ = _take_turns([contender.call for contender in contenders], repeats)
     medians = [statistics.median(times) for times in seconds]
     gradients = [np.asarray(gradient, np.float64) for _, gradient in results]
     rows = [
@@ -340,46 +377,42 @@ def run(
             contenders, seconds, medians, results, errors, gradients, strict=True
         )
     ]
-    return {
-        "n": n,
-        "seed": seed,
-        "epsilon": EPSILON,
-        "teacher_epsilon": TEACHER_EPSILON,
-        "reference": None if reference is None else pathlib.Path(reference).name,
-        "largest_gradient": float(np.abs(gradients[0]).max()),
-        "contenders": rows,
-        "forms": _forms(n, cast(Any, memory), cast(Any, precision), devices, repeats, seed),
-        "cpus": os.cpu_count(),
-        "load_average": load,
-        "device": jax.devices()[0].device_kind,
-        "versions": _versions(),
-    }
+    return {"largest_gradient": float(np.abs(gradients[0]).max()), "contenders": rows}
 
 
-def _take_turns(calls: Sequence[Callable[[], Any]], repeats: int) -> list[list[float]]:
-    """Seconds of each call, ``repeats`` times."""
+def _peak_bytes() -> int | None:
+    try:
+        import resource
+    except ImportError:  # not a POSIX system
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _take_turns(
+    calls: Sequence[Callable[[], Any]], repeats: int
+) -> tuple[list[list[float]], list[Any]]:
+    """Seconds of each call, ``repeats`` times, and what each returned at last."""
     seconds: list[list[float]] = [[] for _ in calls]
+    results: list[Any] = [None for _ in calls]
     for _ in range(repeats):
-        for call, times in zip(calls, seconds, strict=True):
+        for number, call in enumerate(calls):
             start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-    return seconds
+            results[number] = call()
+            seconds[number].append(time.perf_counter() - start)
+    return seconds, results
 
 
 def _forms(
-    n: int,
+    rows: tuple[np.ndarray, ...],
     memory: Sequence[Memory],
     precision: Sequence[MatmulPrecision],
     devices: Sequence[int],
     repeats: int,
-    seed: int,
 ) -> list[dict[str, Any]]:
     """Each form of the loss on each number of devices, at its default thresholds."""
+    n = len(rows[0])
     asked = list(itertools.product(memory, precision, devices))
-    if not asked:
-        return []
-    rows = embeddings(n, seed)
     programs = [
         compiled_klot(n, rows[0].shape[1], count, form, kind) for form, kind, count in asked
     ]
@@ -392,8 +425,10 @@ def _forms(
         return lambda: jax.block_until_ready(program(*given))
 
     calls = [calling(*both) for both in zip(programs, arguments, strict=True)]
-    results = [call() for call in calls]
-    seconds = _take_turns(calls, repeats)
+    if repeats > 1:
+        for call in calls:
+            call()
+    seconds, results = _take_turns(calls, repeats)
     medians = [statistics.median(times) for times in seconds]
     gradients = [[np.asarray(side) for side in gradient] for _, gradient in results]
     return [
@@ -491,9 +526,11 @@ def _table(report: dict[str, Any]) -> Table:
 
 
 def _forms_table(report: dict[str, Any]) -> Table:
+    peak = report["peak_bytes"]
     table = Table(
-        title=f"The same from embeddings, n = {report['n']:,}, default thresholds",
-        caption="Differences, of gradients with respect to embeddings, are to the first row.",
+        title=f"KLOT from embeddings, n = {report['n']:,}, default thresholds",
+        caption="Differences, of gradients with respect to embeddings, are to the first row."
+        + (f" Peak memory of the process: {peak / 2**30:.2f} GiB." if peak else ""),
     )
     table.add_column("memory")
     table.add_column("products")
@@ -534,6 +571,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--precision", help="with --memory: products, float32,bfloat16_3x or one of them"
     )
     parser.add_argument("--devices", help="with --memory: numbers of devices, as in 1,2,4")
+    parser.add_argument("--d", type=int, help="with --memory: columns of the embeddings")
+    parser.add_argument(
+        "--forms-only", action="store_true", help="with --memory: nothing else, and no matrices"
+    )
     parser.add_argument("--json", type=pathlib.Path, help="file to write the numbers to")
     options = parser.parse_args(arguments)
     if options.json is not None and not options.json.resolve().parent.is_dir():
@@ -547,6 +588,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error(
                 "--precision: is of the forms that --memory names; give --memory dense,streamed"
             )
+        if options.d is not None or options.forms_only:
+            parser.error(
+                "--d, --forms-only: are of the forms that --memory names; give --memory streamed"
+            )
     try:
         report = run(
             options.n,
@@ -555,10 +600,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             memory=options.memory.split(",") if options.memory else (),
             precision=(options.precision or "float32").split(","),
             devices=whole_numbers("devices", options.devices or "1"),
+            d=options.d,
+            forms_only=options.forms_only,
         )
     except ValueError as error:
         parser.error(str(error))
-    Console(width=max(160, Console().width)).print(_table(report))
+    if report["contenders"]:
+        Console(width=max(160, Console().width)).print(_table(report))
     if report["forms"]:
         Console(width=max(160, Console().width)).print(_forms_table(report))
     if options.json is not None:

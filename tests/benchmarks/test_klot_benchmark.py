@@ -140,6 +140,21 @@ def test_forms(tmp_path, capsys):
         )
 
 
+def test_forms_only(tmp_path, capsys):
+    path = tmp_path / "numbers.json"
+    more = ["--memory", "streamed", "--d", "40", "--forms-only", "--repeats", "1"]
+    benchmark.main(["--n", "48", *more, "--json", str(path)])
+    assert capsys.readouterr().out.count("┏") == 1
+    report = json.loads(path.read_text())
+    assert report["contenders"] == [] and report["peak_bytes"] > 50 * 2**20
+    (form,) = report["forms"]
+    image, text, teacher_image, teacher_text = (row[:, :40] for row in benchmark.embeddings(48))
+    given = reference.cosines(teacher_image, teacher_text)
+    value, _ = reference.klot(reference.cosines(image, text), given, 0.05, 0.01)
+    np.testing.assert_allclose(form["value"], value, rtol=1e-2)
+    assert len(form["seconds"]) == 1
+
+
 class TestErrors:
     def test_a_missing_file(self, capsys):
         with pytest.raises(SystemExit):
@@ -176,6 +191,8 @@ class TestErrors:
             (["--memory", "sparse"], "memory must be of dense, streamed, got 'sparse'"),
             (["--precision", "float32"], "--precision: is of the forms that --memory names"),
             (["--memory", "dense", "--precision", "half"], "precision must be 'float32' or"),
+            (["--forms-only"], "--d, --forms-only: are of the forms that --memory names"),
+            (["--memory", "dense", "--d", "0"], "d must be between 1 and 381, got 0"),
             (["--devices", "2"], "--devices: spreads the forms that --memory names"),
             (["--memory", "dense", "--devices", "x"], "devices: must be positive whole numbers"),
             (["--memory", "dense", "--devices", "3"], "n must be a multiple of devices, got 16"),
