@@ -7,7 +7,7 @@ from ml_collections import config_flags
 
 from sotalign_jax import commands
 from sotalign_jax.config import explain
-from sotalign_jax.training.distributed import Preempted
+from sotalign_jax.training.distributed import Preempted, quick_end
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, as FILE.py or FILE.py:arg.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; given again, it goes on.")
@@ -71,4 +71,5 @@ def run() -> None:
     if command not in (*COMMANDS, "inspect"):
         print(commands.USAGE)
         sys.exit(0 if command in ("", "help", "-h", "--help") else 2)
-    app.run(_main, flags_parser=_parse)
+    with quick_end():
+        app.run(_main, flags_parser=_parse)

@@ -33,7 +33,7 @@ from sotalign_jax.teachers.moments import (
     standardized_rows64,
     unit_rows64,
 )
-from sotalign_jax.training.distributed import broadcast, gather
+from sotalign_jax.training.distributed import broadcast, gather, together
 
 __all__ = ["fit_teacher", "load_splits", "load_test_pairs"]
 
@@ -58,22 +58,27 @@ def load_splits(config: Config) -> Splits:
         ValueError: a file that is missing or not features, tables that do not join, NaN or
             infinite features, dimensions that differ, more rows asked than exist.
     """
+    splits = together(lambda: _splits(config))
+    _check_finite(splits)
+    return splits
+
+
+def _splits(config: Config) -> Splits:
+    """The splits of `load_splits`, of which no row has been read."""
     data = config.data
     if data.name == "emoji":
         splits = features.emoji(n_pairs=data.n_pairs, seed=config.seed, **data.emoji.to_dict())
         if data.n_unpaired:
             splits = _fewer_unpaired(splits, data.n_unpaired)
-    elif data.name == "platonic":
-        splits = features.platonic_world(
+        return splits
+    if data.name == "platonic":
+        return features.platonic_world(
             seed=config.seed,
             n_pairs=data.n_pairs,
             n_unpaired=data.n_unpaired or 20_000,
             **data.platonic.to_dict(),
         )
-    else:
-        splits = _from_files(config)
-    _check_finite(splits)
-    return splits
+    return _from_files(config)
 
 
 def _check_finite(splits: Splits) -> None:
@@ -86,8 +91,8 @@ def _check_finite(splits: Splits) -> None:
         tables += [getattr(splits.pairs, side), getattr(splits, f"unpaired_{side}")]
         tables += [getattr(held, side) for held in (splits.val, splits.test) if held is not None]
     me, count = jax.process_index(), jax.process_count()
-    mine = np.array([features.find_bad_rows(table, me, count) for table in tables], np.int64)
-    everyone = np.stack(gather(mine))
+    found = together(lambda: [features.find_bad_rows(table, me, count) for table in tables])
+    everyone = np.stack(gather(np.array(found, np.int64)))
     for number, table in enumerate(tables):
         bad, first = everyone[:, number, 0].sum(), everyone[:, number, 1].min()
         features.check_finite(table, found=features.BadRows(int(bad), int(first)))

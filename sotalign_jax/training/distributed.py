@@ -15,22 +15,36 @@ Variables of torchrun and MPI mean nothing here.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from jax._src import clusters
+from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
 
-__all__ = ["Preempted", "PreemptionWatch", "Start", "barrier", "broadcast", "gather", "start"]
+__all__ = [
+    "Preempted",
+    "PreemptionWatch",
+    "Start",
+    "broadcast",
+    "gather",
+    "quick_end",
+    "start",
+    "together",
+]
+
+T = TypeVar("T")
 
 _NAMES = {
     "coordinator": "SOTALIGN_COORDINATOR",
@@ -40,6 +54,10 @@ _NAMES = {
 _TIMEOUT = "SOTALIGN_START_TIMEOUT"
 _HEARTBEAT = "SOTALIGN_HEARTBEAT_TIMEOUT"
 _POD_INDEX = "JOB_COMPLETION_INDEX"
+# Bytes of an error that the other processes are told.
+_MESSAGE = 2_000
+# Seconds in which processes that fail for the same reason should all have failed.
+_GRACE = 5
 # Steps that hold a shell rather than the tasks of srun: of salloc, and of the batch script.
 _SHELL_STEPS = ("4294967290", "4294967291")
 
@@ -271,10 +289,37 @@ def _wait_for(coordinator: str, timeout: int) -> None:
         time.sleep(0.2)
 
 
-def barrier(name: str) -> None:
-    """Wait until every process of the run is here; nothing where there is one."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+@contextlib.contextmanager
+def quick_end() -> Iterator[None]:
+    """Around a whole program: where it fails as one of several, it ends without the others.
+
+    Else it would wait for them at jax's own end, up to five minutes, and they for it in a
+    computation. Ended, it is noticed: by a connection that breaks, or after the heartbeat of
+    `start` at the latest. Where all fail at once, as on a wrong configuration, all end as usual.
+    """
+    try:
+        yield
+    except BaseException as error:
+        status = error.code if isinstance(error, SystemExit) else 1
+        if _started is None or status in (None, 0) or _all_failed():
+            raise
+        if not isinstance(error, SystemExit):
+            sys.excepthook(type(error), error, error.__traceback__)
+        elif isinstance(status, str):
+            print(status, file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status if isinstance(status, int) else 1)
+
+
+def _all_failed() -> bool:
+    """Whether all processes come here within a few seconds."""
+    client: Any = global_state.client
+    try:
+        client.wait_at_barrier("sotalign_failed", timeout_in_ms=1_000 * _GRACE)
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 def broadcast(arrays: Sequence[np.ndarray], source: int) -> list[np.ndarray]:
@@ -313,6 +358,38 @@ def gather(array: np.ndarray) -> list[np.ndarray]:
     data = np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8)  # as in `broadcast`
     everyone = np.asarray(multihost_utils.process_allgather(data))
     return [np.frombuffer(one.tobytes(), array.dtype).reshape(array.shape) for one in everyone]
+
+
+def together(work: Callable[[], T]) -> T:
+    """Does something that fails in every process of a run if it fails in one of them.
+
+    Args:
+        work: every process calls it; nothing in it may wait for another process.
+
+    Returns:
+        What it returned here, once it is done in every process.
+
+    Raises:
+        Exception: what it raised here.
+        ValueError: it failed elsewhere; says in which process, and why.
+    """
+    if jax.process_count() == 1:
+        return work()
+    failure: Exception | None = None
+    result: Any = None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+    said = "" if failure is None else str(failure) or type(failure).__name__
+    text = np.frombuffer(said.encode()[:_MESSAGE].ljust(_MESSAGE, b"\0"), np.uint8)
+    everyone = [one.tobytes().rstrip(b"\0").decode(errors="replace") for one in gather(text)]
+    if failure is not None:
+        raise failure
+    for number, message in enumerate(everyone):
+        if message:
+            raise ValueError(f"process {number}: {message}")
+    return result
 
 
 class Preempted(Exception):

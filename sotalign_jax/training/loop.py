@@ -32,7 +32,7 @@ from sotalign_jax.training.devices import (
     replicate,
     share,
 )
-from sotalign_jax.training.distributed import Preempted, PreemptionWatch, barrier, broadcast
+from sotalign_jax.training.distributed import Preempted, PreemptionWatch, broadcast, together
 from sotalign_jax.training.evaluate import evaluate
 from sotalign_jax.training.metrics import MetricWriter, ProgressBar, make_console, make_sinks
 from sotalign_jax.training.objectives import LossSettings
@@ -106,13 +106,14 @@ def train(
         OSError: a checkpoint could not be written.
         Preempted: the run was stopped by SIGTERM; the same call goes on.
     """
-    config = validate(config)
-    home = Workdir(workdir, config)
+    config = together(lambda: validate(config))
+    home = together(lambda: Workdir(workdir, config))
     if home.results.exists():
         return read_json(home.results)
     began = time.perf_counter()
 
-    with home.locked(), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        together(lambda: stack.enter_context(home.locked()))
         watch = watch or stack.enter_context(PreemptionWatch())
         return _train(config, home, console or make_console(), quiet, inputs, watch, began)
 
@@ -211,12 +212,15 @@ def _train(
             results[name] = evaluate(aligner, held_out)
             results[f"teacher_{name}"] = evaluate(teacher_aligner, held_out)
     results["seconds"] = round(time.perf_counter() - began, 3)
-    if first:
-        description = {"data": splits.description, "config": json.loads(config.to_json())}
-        aligner.save(home.aligner, metadata=description | {"step": selected})
-        teacher_aligner.save(home.teacher, metadata=description)
-        write_json(home.results, results)
-    barrier("finished")
+
+    def write() -> None:
+        if first:
+            description = {"data": splits.description, "config": json.loads(config.to_json())}
+            aligner.save(home.aligner, metadata=description | {"step": selected})
+            teacher_aligner.save(home.teacher, metadata=description)
+            write_json(home.results, results)
+
+    together(write)
     return results
 
 

@@ -19,7 +19,7 @@ import jax
 import sotalign_jax
 from sotalign_jax.config import ConfigError, differences
 from sotalign_jax.files import replace_text
-from sotalign_jax.training.distributed import barrier
+from sotalign_jax.training.distributed import together
 
 __all__ = ["Workdir", "provenance", "write_json"]
 
@@ -90,11 +90,11 @@ class Workdir:
 
         Process 0 of several writes, and the others wait for it.
         """
-        if jax.process_index() == 0:
-            self._record(config)
-        barrier("started")
+        together(lambda: self._record(config))
 
     def _record(self, config) -> None:
+        if jax.process_index() != 0:
+            return
         write_json(self.path / "config.json", json.loads(config.to_json()))
         with open(self.path / "provenance.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(provenance(config.seed)) + "\n")

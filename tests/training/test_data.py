@@ -180,6 +180,7 @@ class Processes:
         patch.setattr(data.jax, "process_index", lambda: self.local.index)
         patch.setattr(data.jax, "process_count", lambda: count)
         patch.setattr(data, "gather", lambda array: self.exchange(array))
+        patch.setattr(data, "together", lambda work: work())
         patch.setattr(data, "broadcast", lambda arrays, source: self.exchange(arrays)[source])
         patch.setattr(FeatureTable, "read", self.reading(FeatureTable.read))
         patch.setattr(FeatureTable, "take", self.reading(FeatureTable.take))

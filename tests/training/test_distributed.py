@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from jax._src.clusters import K8sCluster, cloud_tpu_cluster
 from rich.console import Console
@@ -344,6 +346,124 @@ def test_two_processes_sum_and_agree_to_stop():
         assert f"stops at 30 {number == 1}" in output
         assert "processes are at different steps: [30, 31]" in output
         assert f"process {number} of 2 (settings): waiting for the others" in errors
+
+
+def test_two_processes_fail_together_and_one_that_fails_alone_ends_the_other(tmp_path):
+    """The last error would keep both for 300 s: one in jax's end, the other in a sum."""
+    rows = np.random.default_rng(0).normal(size=(100, 8)).astype(np.float32)
+    rows[[3, 98], 1] = np.nan  # one in the half of each process
+    np.save(tmp_path / "image.npy", rows)
+    np.save(tmp_path / "text.npy", rows[:, :5])
+    program = f"""
+        import sys
+        import jax, numpy as np
+        from tiny_runs import tiny
+        from sotalign_jax.config import validate
+        from sotalign_jax.training import distributed, load_splits, train
+
+        def main():
+            found = distributed.start()
+            me = found.process_index
+            assert distributed.together(lambda: me) == me
+
+            def fails_in_1():
+                if me == 1:
+                    raise OSError("no disk here")
+            try:
+                distributed.together(fails_in_1)
+            except Exception as error:
+                print(type(error).__name__, error)
+            assert [int(x) for x in distributed.gather(np.int64(2**40 + me))] == [2**40, 2**40 + 1]
+
+            fields = dict(data__name="files", data__n_pairs=100, mesh__devices=0)
+            fields["data__n_unpaired"] = 0
+            paths = {{f"data__files__{{s}}": rf"{tmp_path}/{{s}}.npy" for s in ("image", "text")}}
+            try:
+                load_splits(validate(tiny(objective="sail", **fields, **paths)))
+            except ValueError as error:
+                print("rows:", error)
+            if me == 1:
+                paths["data__files__text"] = "nowhere.npy"
+            try:
+                train(tiny(**fields, **paths), r"{tmp_path}/run", quiet=True)
+            except ValueError as error:
+                print("train:", error)
+            sys.stdout.flush()
+            if me == 1:
+                raise FloatingPointError("loss is nan")
+            for _ in range(100):
+                distributed.gather(np.zeros(1))
+
+        with distributed.quick_end():
+            main()
+    """
+    first, second = processes([sys.executable, "-c", textwrap.dedent(program)])
+    missing = "config.data.files.text: nowhere.npy: no such"
+    alike = {line for line in first[0].splitlines() if line.startswith("rows: ")}
+    assert alike == {line for line in second[0].splitlines() if line.startswith("rows: ")}
+    assert re.search(
+        r"image.npy .*: 2 of 100 rows hold NaN or Inf; the first is row \d", str(alike)
+    )
+    assert "ValueError process 1: no disk here" in first[0]
+    assert "OSError no disk here" in second[0]
+    assert f"train: process 1: {missing}" in first[0] and f"train: {missing}" in second[0]
+    assert "loss is nan" not in first[1] and "FloatingPointError: loss is nan" in second[1]
+    assert second[2] == 1 and first[2] not in (0, None)
+    assert os.listdir(tmp_path / "run") == [".lock"]
+
+
+def train_twice(tmp_path, patch, **variables):
+    """``sotalign train`` in two processes, after ``patch`` in each; ends and outputs."""
+    program = f"""
+        import os, sys
+        sys.argv = ["sotalign", "train", "--config={CONFIG_FILE}", "--workdir={tmp_path / "run"}",
+                    "--config.objective=sail", "--config.mesh.devices=0", "--config.steps=3000"]
+        from sotalign_jax.main import run
+        from sotalign_jax.training import loop
+        me = os.environ["SOTALIGN_PROCESS_ID"]
+    """
+    program = textwrap.dedent(program) + textwrap.dedent(patch) + "\nrun()\n"
+    return processes([sys.executable, "-c", program], SOTALIGN_HEARTBEAT_TIMEOUT="15", **variables)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", ["0", "1"])
+def test_an_error_of_one_in_training_ends_both(who, tmp_path):
+    patch = f"""
+    means = loop._checked_means
+    def failing(metrics, step):
+        if me == "{who}" and step == 30:
+            raise FloatingPointError("planted")
+        return means(metrics, step)
+    loop._checked_means = failing
+    """
+    ends = train_twice(tmp_path, patch)
+    failed, other = ends[int(who)], ends[1 - int(who)]
+    assert failed[2] == 3, failed[1]
+    assert "sotalign train: training stopped: planted" in failed[1].splitlines()
+    assert other[2] not in (0, 3, None)
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+@pytest.mark.slow
+def test_an_error_of_both_ends_each_with_its_own_line(tmp_path):
+    patch = """
+    def failing(config):
+        raise ValueError("config.data: planted in " + me)
+    loop.load_inputs = failing
+    """
+    for number, (_, errors, status) in enumerate(train_twice(tmp_path, patch)):
+        assert status == 2
+        assert errors.splitlines()[-1] == f"sotalign train: error: config.data: planted in {number}"
+
+
+def test_a_single_process_ends_as_ever():
+    for error in (SystemExit(2), SystemExit(0), ValueError("x"), KeyboardInterrupt()):
+        with pytest.raises(type(error)) as caught, distributed.quick_end():
+            raise error
+        assert caught.value is error
+    with pytest.raises(OSError, match="mine"):
+        distributed.together(lambda: (_ for _ in ()).throw(OSError("mine")))
 
 
 def test_only_the_first_of_several_processes_prints(tmp_path, monkeypatch, capsys):
