@@ -22,8 +22,8 @@ def get_config(arg=None):
     config.data.name = "files"  # files | emoji | platonic
     config.data.n_pairs = 10_000  # paper: 1e2 .. 1e5
     config.data.n_unpaired = 0  # a side; 0: all there are, platonic: 20,000 (paper: 1e4 .. 1e6)
-    config.data.resident = "auto"  # all rows on device: auto | always | never (stream from disk)
-    config.data.resident_gib = 8.0  # what "auto" may use of the device, in GiB
+    config.data.resident = "auto"  # all rows on devices: auto | always | never (stream from disk)
+    config.data.resident_gib = 8.0  # what "auto" may use of each device for its rows, in GiB
     # Any format that `sotalign inspect` opens; FILE:KEY names one array of a .npz, .h5 or
     # .safetensors file, as in "coco.npz:image". Rows join by id wherever both sides have ids.
     config.data.files.image = ""  # the paired corpus, images

@@ -157,7 +157,7 @@ def compile_programs(config: Config, inputs: Inputs) -> tuple[Setup, dict[str, A
     state, rest, teacher, key = _shapes((state, rest, inputs.teacher, key), setup.mesh)
     spread = _shapes(potentials, setup.mesh, PartitionSpec(AXIS))
     state = state._replace(potentials=RowPotentials(*spread))
-    if not fits(config, tables, inputs.teacher):
+    if not fits(config, tables, inputs.teacher, setup.mesh):
         pairs, image, text = setup.streams
         sizes = (pairs.size, pairs.size, image.size, text.size)
         raw = _rows(tables, sizes, setup.mesh)

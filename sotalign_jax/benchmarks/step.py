@@ -79,7 +79,7 @@ def run(config: Config, *, repeats: int = 5) -> dict[str, Any]:
     splits, teacher = load_inputs(config)
     setup, state, rest = build(config, splits, teacher)
     tables = raw_tables(splits, unpaired=setup.loss.unpaired)
-    if not fits(config, tables, teacher):
+    if not fits(config, tables, teacher, setup.mesh):
         raise ConfigError(
             "config.data.resident: the step with all rows on the device is what is measured, and "
             f"{config.data.resident!r} keeps them off; raise data.resident_gib or take 'always'"

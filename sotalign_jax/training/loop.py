@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from rich.console import Console
 
 from sotalign_jax.config import Config, ConfigError, validate
-from sotalign_jax.features import Splits
+from sotalign_jax.features import FeatureTable, Splits
 from sotalign_jax.features.batches import Batch, Stream, stream_batches
 from sotalign_jax.models import Aligner, LayerConfig
 from sotalign_jax.teachers import LinearTeacher
@@ -27,6 +28,7 @@ from sotalign_jax.training.devices import (
     AXIS,
     local_copy,
     make_mesh,
+    padded,
     place_batch,
     place_table,
     replicate,
@@ -143,7 +145,7 @@ def _train(
     state = place_state(state, mesh)
     fixed, projector, key = replicate((rest, teacher, key), mesh)
     tables = raw_tables(splits, unpaired=setup.loss.unpaired)
-    resident = fits(config, tables, teacher)
+    resident = fits(config, tables, teacher, mesh)
     if resident:
         raw = Batch(*(place_table(table, mesh) for table in tables))
         tables = jax.jit(prepare, static_argnums=0)(setup, state.params, fixed, projector, raw)
@@ -302,14 +304,22 @@ def raw_tables(splits: Splits, *, unpaired: bool) -> Batch:
     return Batch(splits.pairs.image, splits.pairs.text, image, text)
 
 
-def fits(config: Config, tables: Batch, teacher: LinearTeacher) -> bool:
-    """Whether all rows fit into the memory set aside for them, raw and prepared at once."""
+def fits(config: Config, tables: Batch, teacher: LinearTeacher, mesh: Mesh | None = None) -> bool:
+    """Whether the rows of a device fit into the memory set aside for them, raw and prepared.
+
+    On a mesh each device has its share of every table.
+    """
     if config.data.resident != "auto":
         return config.data.resident == "always"
-    values = 2 * sum(len(table) * table.dim for table in tables if table is not None)
-    unpaired = len(tables.unpaired_image) + len(tables.unpaired_text)
-    values += unpaired * teacher.image_weight.shape[1]
-    return 4 * values <= config.data.resident_gib * 2**30
+    devices = 1 if mesh is None else mesh.size
+
+    def values(table: FeatureTable, projected: int = 0) -> int:
+        return padded(len(table), mesh) // devices * (2 * table.dim + projected)
+
+    dim = teacher.image_weight.shape[1]
+    total = values(tables.pairs_image) + values(tables.pairs_text)
+    total += values(tables.unpaired_image, dim) + values(tables.unpaired_text, dim)
+    return 4 * total <= config.data.resident_gib * 2**30
 
 
 def _dispatch_resident(

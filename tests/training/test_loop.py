@@ -326,6 +326,25 @@ def test_a_rate_that_blows_up_is_named(tmp_path):
         shortly(config, tmp_path / "run")
 
 
+# ---- where the rows lie
+
+
+@pytest.mark.parametrize("devices", [1, 3, 8])
+def test_rows_are_resident_where_what_one_device_holds_fits(devices):
+    """By hand: raw and prepared rows, and the teacher's eight columns of the unpaired ones."""
+    config = validate(tiny(data__n_unpaired=250, mesh__devices=devices))
+    splits, teacher = loop.load_inputs(config)
+    setup, _, _ = loop.build(config, splits, teacher)
+    tables = loop.raw_tables(splits, unpaired=True)
+    pairs, unpaired = {1: (64, 250), 3: (22, 84), 8: (8, 32)}[devices]
+    needed = 4 * (pairs * 2 * (256 + 192) + unpaired * (2 * (256 + 192) + 2 * 8)) / 2**30
+    for gib, expected in ((needed, True), (needed * 0.999, False)):
+        config.data.resident_gib = gib
+        assert loop.fits(config, tables, teacher, setup.mesh) is expected
+    config.data.resident = "always"
+    assert loop.fits(config, tables, teacher, setup.mesh)
+
+
 # ---- sinks
 
 
