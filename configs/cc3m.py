@@ -14,9 +14,11 @@ two disjoint halves need 2,010,000 rows of CC3M; with --config.data.files.mode=a
 The paper, COCO val, recall@1: T2I 26.5, I2T 34.1, mean 30.3, with alpha chosen on validation
 (`:tune`); SAIL on the same pairs 21.0, 27.4, 24.2; the CCA teacher 21.5 mean. Not yet rerun here.
 
-Memory of one device, features streamed from disk, compiled on a CPU by `python -m
-sotalign_jax.benchmarks.scaling --aot --config configs/cc3m.py --devices 1,8,16`: 5.94 GiB on one
-device (KLOT streamed), 2.25 GiB on each of 8, 1.36 GiB on each of 16 (KLOT dense).
+Memory of one device, compiled on a CPU by `python -m sotalign_jax.benchmarks.scaling --aot --config
+configs/cc3m.py --devices 1,8,16`: 5.92 GiB on one device, with rows streamed from disk and KLOT
+streamed; 6.66 GiB on each of 8 and 3.58 GiB on each of 16, with all rows resident and KLOT dense,
+after 9.64 and 4.84 GiB while the rows are prepared. Streamed from disk (`data.resident = "never"`)
+it is 2.25 GiB on each of 8 and 1.36 GiB on each of 16.
 `cc3m.py:runlocal` is the same shrunk to a smoke test on the embedded emoji.
 """
 
