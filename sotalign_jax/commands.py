@@ -57,6 +57,7 @@ def train(config: Config, workdir: str, console: Console | None = None) -> dict[
 
 def compare(config: Config, workdir: str, console: Console | None = None) -> dict[str, Any]:
     """Train every method on every seed and print one table."""
+    distributed.start()
     return sweeps.compare(config, workdir, console=console or make_console())
 
 

@@ -348,6 +348,23 @@ def test_fit_teacher_saves_an_aligner_that_evaluates_like_the_runs_teacher(train
     assert (trained / "aligner" / "aligner.safetensors").read_bytes() == before
 
 
+@pytest.mark.parametrize("command", ["evaluate", "embed", "fit-teacher"])
+def test_of_several_processes_the_first_alone_writes(command, trained, tmp_path, here, monkeypatch):
+    out = tmp_path / "out"
+    source = f"--config={CONFIG_FILE}" if command == "fit-teacher" else f"--workdir={trained}"
+    monkeypatch.setenv("SOTALIGN_COORDINATOR", "127.0.0.1:1")  # nobody is there, nobody is called
+    monkeypatch.setenv("SOTALIGN_NUM_PROCESSES", "2")
+    monkeypatch.setenv("SOTALIGN_PROCESS_ID", "1")
+    status, printed, errors = here(command, source, f"--out={out}")
+    assert (status, errors) == (0, "") and not out.exists()
+    assert printed == f"sotalign {command}: left to process 0 of 2 (settings)\n"
+    monkeypatch.setenv("SOTALIGN_PROCESS_ID", "0")
+    assert here(command, source, f"--out={out}")[0] == 0 and out.exists()
+    monkeypatch.setenv("SOTALIGN_PROCESS_ID", "2")
+    status, _, errors = here(command, source, f"--out={out}")
+    assert status == 2 and "process_id (SOTALIGN_PROCESS_ID): must be less than" in errors
+
+
 def test_inspect_describes_features_aligners_and_runs(trained, files, tmp_path, here):
     rows = np.load(files / "image.npy")
     rows[3] = np.nan

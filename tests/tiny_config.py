@@ -4,4 +4,6 @@ import tiny_runs
 
 
 def get_config(arg=None):
+    if arg == "compare":
+        return tiny_runs.tiny_comparison()
     return tiny_runs.from_teacher() if arg == "teacher" else tiny_runs.tiny()

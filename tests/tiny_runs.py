@@ -41,6 +41,20 @@ def from_teacher(**fields) -> Config:
     return tiny(model__init="teacher", model__layer_norm=False, **fields)
 
 
+def tiny_comparison(**fields) -> Config:
+    """Two methods from the teacher's start, one of them tuned over two points on another draw.
+
+    AdamW: Lion moves by the sign of a gradient, which blows small differences up.
+    """
+    config = from_teacher(**({"optimizer__name": "adamw", "steps": 20} | fields))
+    with config.unlocked():
+        config.compare.seeds = (3,)
+        config.compare.methods = {"sail": {"objective": "sail"}, "semi": {"objective": "sail_semi"}}
+        config.compare.tune_seeds = (7,)
+        config.compare.grids = {"sail": {"optimizer": {"learning_rate": (1e-3, 1e-2)}}}
+    return config
+
+
 def tensors(workdir: Path) -> dict[str, np.ndarray]:
     """The trained aligner's tensors, read without this package."""
     return safetensors.numpy.load_file(workdir / "aligner" / "aligner.safetensors")

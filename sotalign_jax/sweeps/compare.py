@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -9,13 +10,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
 from sotalign_jax.config import Config, ConfigError, flatten, validate
-from sotalign_jax.training.distributed import PreemptionWatch
+from sotalign_jax.training.distributed import PreemptionWatch, from_first, together
 from sotalign_jax.training.loop import Inputs, load_inputs, train
 from sotalign_jax.training.metrics import make_console
 from sotalign_jax.training.workdir import Workdir, write_json
@@ -39,7 +41,8 @@ def compare(config, workdir: str | os.PathLike, *, console: Console | None = Non
     validation pairs of those seeds. Started again, finished runs are not repeated.
 
     Writes ``results.json`` (method -> seed -> test metrics), ``summary.json`` (means, spreads,
-    paired differences) and, after tuning, ``tuning.json``.
+    paired differences) and, after tuning, ``tuning.json``. In several processes all take part in
+    every run, and process 0 alone writes and reports.
 
     Args:
         config: a configuration with ``compare.seeds`` and ``compare.methods``.
@@ -53,11 +56,11 @@ def compare(config, workdir: str | os.PathLike, *, console: Console | None = Non
         ValueError: as `train`; or nothing to compare, or data without test pairs.
         Preempted: as `train`.
     """
-    console = console or make_console()
-    config = validate(config)
+    console = (console or make_console()) if _first() else Console(quiet=True)
+    config = together(lambda: validate(config))
     if not config.compare.methods:
         raise ConfigError("config.compare.methods: names no method, nothing to compare")
-    home = Workdir(workdir, config)
+    home = together(lambda: Workdir(workdir, config))
     methods = {name: fields.to_dict() for name, fields in config.compare.methods.items()}
     for name, fields in methods.items():
         validate(_with(config, fields, config.seed))  # all of them, before the first one runs
@@ -65,7 +68,9 @@ def compare(config, workdir: str | os.PathLike, *, console: Console | None = Non
             raise ConfigError(f"config.compare.methods.{name}: this name is taken, choose another")
     if not config.compare.seeds:
         raise ConfigError("config.compare.seeds: must name at least one seed, got none")
-    with home.locked(), PreemptionWatch() as watch:
+    with contextlib.ExitStack() as stack:
+        together(lambda: stack.enter_context(home.locked()))
+        watch = stack.enter_context(PreemptionWatch())
         return _compare(config, home, methods, console, watch)
 
 
@@ -73,12 +78,12 @@ def _compare(config, home: Workdir, methods, console: Console, watch: Preemption
     # Input is checked by reading it, before the directory is taken for this configuration.
     first = _with(config, next(iter(methods.values())), config.compare.seeds[0])
     inputs = _InputCache(test=True)
-    if not home.started:
+    if not from_first(lambda: home.started):
         inputs.get(validate(first))
     home.start(config)
     if config.compare.tune_seeds:
         methods = _tune(config, methods, home.path / "tuning", console, watch)
-        write_json(home.path / "tuning.json", methods)
+        _write({home.path / "tuning.json": methods})
 
     results: Results = {name: {} for name in (config.compare.teacher, *methods) if name}
     for seed in config.compare.seeds:
@@ -93,12 +98,26 @@ def _compare(config, home: Workdir, methods, console: Console, watch: Preemption
             _report_run(console, name, seed, outcome)
         inputs = _InputCache(test=True)
     results = _ascending(results, config.select_metric)
-    write_json(home.results, results)
-    write_json(home.path / "summary.json", _summary(results))
+    _write({home.results: results, home.path / "summary.json": _summary(results)})
     console.print(_table(results, config.data.n_pairs))
     for table in _difference_tables(results):
         console.print(table)
     return results
+
+
+def _first() -> bool:
+    """Whether this process is the one of several that writes and reports."""
+    return jax.process_index() == 0
+
+
+def _write(files: Mapping[Path, Any]) -> None:
+    """JSON files, written by process 0 while the others wait for them."""
+
+    def write() -> None:
+        for path, value in files.items() if _first() else ():
+            write_json(path, value)
+
+    together(write)
 
 
 class _InputCache:
@@ -135,7 +154,7 @@ def _run(
     config, fields, seed: int, path: Path, inputs: _InputCache, watch: PreemptionWatch
 ) -> dict[str, Any]:
     run = validate(_with(config, fields, seed))
-    if (path / "results.json").exists():
+    if from_first(lambda: (path / "results.json").exists()):
         return train(run, path, quiet=True)
     return train(run, path, quiet=True, inputs=inputs.get(run), watch=watch)
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import logging
 import os
 import signal
@@ -38,6 +39,8 @@ __all__ = [
     "PreemptionWatch",
     "Start",
     "broadcast",
+    "does_it_alone",
+    "from_first",
     "gather",
     "quick_end",
     "start",
@@ -137,6 +140,28 @@ def start(
         raise ConnectionError(f"start ({found.method}): {error}") from error
     _started = found
     return found
+
+
+def does_it_alone() -> Start | None:
+    """Who does what several processes cannot share, such as writing one file: process 0.
+
+    Asks settings and surroundings as `start` does, and starts nothing: the process may stand beside
+    those of a running training, with the same settings.
+
+    Returns:
+        None in the process that does it; in the others, how they were started.
+
+    Raises:
+        ValueError: as `start`; or several hosts of a Cloud TPU, of which none can use it alone.
+        OSError: the cluster that it asks refused.
+    """
+    found, _ = _from_settings(None, None, None) or _from_cluster()
+    if found.method == "tpu" and found.process_count > 1:
+        raise ValueError(
+            f"this is one of {found.process_count} hosts of a Cloud TPU, which can only be used by "
+            "all together; start it on one host, with JAX_PLATFORMS=cpu"
+        )
+    return found if found.process_index else None
 
 
 def _from_settings(
@@ -390,6 +415,31 @@ def together(work: Callable[[], T]) -> T:
         if message:
             raise ValueError(f"process {number}: {message}")
     return result
+
+
+def from_first(function: Callable[[], Any]) -> Any:
+    """What a function gives in process 0, in all processes of the run.
+
+    For decisions that all must take alike: files of a shared disk may look older to one process
+    than to another, and sums differ in their last bits from machine to machine.
+
+    Args:
+        function: called in process 0 alone; gives what JSON can hold.
+
+    Returns:
+        What it gave; where there are several processes, lists for tuples.
+
+    Raises:
+        Exception: as `together`, where the function failed.
+    """
+    if jax.process_count() == 1:
+        return function()
+    first = jax.process_index() == 0
+    text = together(lambda: json.dumps(function()).encode() if first else b"")
+    (size,) = broadcast([np.array(len(text), np.int64)], 0)
+    data = np.frombuffer(text, np.uint8) if first else np.zeros(int(size), np.uint8)
+    (data,) = broadcast([data], 0)
+    return json.loads(data.tobytes())
 
 
 class Preempted(Exception):

@@ -34,7 +34,13 @@ from sotalign_jax.training.devices import (
     replicate,
     share,
 )
-from sotalign_jax.training.distributed import Preempted, PreemptionWatch, broadcast, together
+from sotalign_jax.training.distributed import (
+    Preempted,
+    PreemptionWatch,
+    broadcast,
+    from_first,
+    together,
+)
 from sotalign_jax.training.evaluate import evaluate
 from sotalign_jax.training.metrics import MetricWriter, ProgressBar, make_console, make_sinks
 from sotalign_jax.training.objectives import LossSettings
@@ -110,8 +116,9 @@ def train(
     """
     config = together(lambda: validate(config))
     home = together(lambda: Workdir(workdir, config))
-    if home.results.exists():
-        return read_json(home.results)
+    done = from_first(lambda: read_json(home.results) if home.results.exists() else None)
+    if done is not None:
+        return done
     began = time.perf_counter()
 
     with contextlib.ExitStack() as stack:
@@ -223,7 +230,7 @@ def _train(
             write_json(home.results, results)
 
     together(write)
-    return results
+    return from_first(lambda: results)
 
 
 def _check_splits(config: Config, splits: Splits, loss: LossSettings) -> None:

@@ -314,7 +314,7 @@ def test_two_processes_sum_and_agree_to_stop():
         import os, signal
         import jax, numpy as np
         from jax.sharding import PartitionSpec as P
-        from sotalign_jax.training.distributed import PreemptionWatch, start
+        from sotalign_jax.training.distributed import PreemptionWatch, from_first, start
 
         found = start()
         assert start() is found and jax.process_count() == found.process_count == 2
@@ -327,6 +327,14 @@ def test_two_processes_sum_and_agree_to_stop():
             lambda x: jax.lax.psum(x, "data"), mesh=mesh, in_specs=P("data"), out_specs=P()
         ))(rows)
         print("sum", float(summed[0]))
+        print("first", from_first(lambda: {"index": found.process_index, "values": [0.1, None]}))
+        for error in (OSError("a disk"), ValueError("a file")):
+            def fails():
+                raise error
+            try:
+                from_first(fails)
+            except (OSError, ValueError) as caught:
+                print("no", type(caught).__name__, caught)
         with PreemptionWatch() as watch:
             for step in range(10, 100, 10):
                 if step == 30 and found.process_index == 1:
@@ -343,6 +351,10 @@ def test_two_processes_sum_and_agree_to_stop():
     for number, (output, errors, status) in enumerate(finished):
         assert status == 0, errors
         assert "sum 3.0" in output
+        assert "first {'index': 0, 'values': [0.1, None]}" in output
+        for kind, message in (("OSError", "a disk"), ("ValueError", "a file")):
+            here = f"no {kind} {message}" if number == 0 else f"no ValueError process 0: {message}"
+            assert here in output
         assert f"stops at 30 {number == 1}" in output
         assert "processes are at different steps: [30, 31]" in output
         assert f"process {number} of 2 (settings): waiting for the others" in errors
@@ -476,6 +488,40 @@ def test_only_the_first_of_several_processes_prints(tmp_path, monkeypatch, capsy
         assert commands.train(tiny(), str(tmp_path / "run")) is results
         assert bool(table) == (index == 0)
         assert ("aligner saved in" in capsys.readouterr().out) == (index == 0)
+
+
+def test_one_process_asks_itself():
+    found = distributed.from_first(lambda: (1, 2))
+    assert found == (1, 2)
+    with pytest.raises(KeyError):
+        distributed.from_first(lambda: {}["absent"])
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),
+        (TORCHRUN, None),
+        (SETTINGS, None),
+        (SETTINGS | {"SOTALIGN_PROCESS_ID": "3"}, Start("settings", 3, 4)),
+        (SRUN, Start("slurm", 5, 8)),
+        (SRUN | {"SLURM_PROCID": "0"}, None),
+    ],
+)
+def test_process_0_does_alone_what_cannot_be_shared(
+    environment, expected, initialized, monkeypatch
+):
+    put(monkeypatch, environment)
+    assert distributed.does_it_alone() == expected
+    assert initialized == []  # beside a running training, nobody is called
+
+
+def test_hosts_of_a_tpu_do_nothing_alone(initialized, on_tpu, monkeypatch):
+    put(monkeypatch, GKE_TPU)
+    with pytest.raises(ValueError, match=r"one of 8 hosts of a Cloud TPU.*JAX_PLATFORMS=cpu"):
+        distributed.does_it_alone()
+    jax.config.update("jax_platforms", "cpu")
+    assert distributed.does_it_alone() is None
 
 
 def test_half_given_settings_on_the_command_line(tmp_path, monkeypatch, initialized):

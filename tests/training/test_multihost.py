@@ -1,18 +1,14 @@
 """Several processes train as one does, survive the loss of one, and go on as another number."""
 
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
+import local_processes
 import numpy as np
 import pytest
+from local_processes import finish
 from tiny_runs import CONFIG_FILE, assert_same_parameters, records, results
 
-TESTS = Path(__file__).parents[1]
 # AdamW: Lion moves by the sign of a gradient, which hides small differences and blows up others.
 FIELDS = (
     "optimizer.name=adamw",
@@ -23,48 +19,17 @@ FIELDS = (
 )
 
 
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
 def start(workdir, processes=1, devices=1, flags=()):
-    """``python -m sotalign_jax train`` in so many processes of so many devices."""
-    command = [sys.executable, "-m", "sotalign_jax", "train", f"--config={CONFIG_FILE}:teacher"]
+    """``train`` in so many processes of so many devices."""
     fields = [f"--config.{field}" for field in (*FIELDS, *flags)]
-    environment = os.environ | {
-        "PYTHONPATH": str(TESTS),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    }
-    if processes > 1:
-        environment["SOTALIGN_COORDINATOR"] = f"127.0.0.1:{free_port()}"
-        environment["SOTALIGN_NUM_PROCESSES"] = str(processes)
-        environment["SOTALIGN_HEARTBEAT_TIMEOUT"] = "15"
-    return [
-        subprocess.Popen(
-            [*command, f"--workdir={workdir}", *fields],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=TESTS.parent,
-            env=environment | ({"SOTALIGN_PROCESS_ID": str(i)} if processes > 1 else {}),
-        )
-        for i in range(processes)
-    ]
-
-
-def finish(group, statuses=(0,)):
-    """What each process wrote; its exit status must be one of those expected."""
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in group]
-    finally:
-        for process in group:
-            process.kill()
-            process.communicate()
-    for process, output in zip(group, outputs, strict=True):
-        assert process.returncode in statuses, output
-    return outputs
+    return local_processes.start(
+        "train",
+        f"--config={CONFIG_FILE}:teacher",
+        f"--workdir={workdir}",
+        *fields,
+        processes=processes,
+        devices=devices,
+    )
 
 
 def wait_for_checkpoint(workdir, group):
