@@ -63,10 +63,12 @@ def test_ahead_of_time_without_data(resident):
     # side, scale and bias), each with a momentum, and some counters.
     values = (pairs + unpaired) * (24 + 40) // 4
     values += 2 * (2 * (24 + 40) + (24 + 40) * 16 + 2 * 16 + 2)
+    values += 2 * 512 // 4  # row potentials of both plans
     if resident == "always":
         values += 2 * unpaired * 8 // 4  # the teacher's view, which raw rows have not
     else:
         values += (24 + 40) * 8 + 2 * (24 + 40)  # the teacher's weights, and means for both
+        values += 64  # which images these are
     found = rows["step"]["memory"]["arguments"]
     assert 0 <= found - 4 * values < 100
 
