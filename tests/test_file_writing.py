@@ -89,12 +89,13 @@ def test_contents_reach_the_disk_before_the_name_does(tmp_path, monkeypatch):
 def test_the_benchmark_replaces_its_report_in_one_step(tmp_path, monkeypatch):
     path = tmp_path / "report.json"
     path.write_text("old")
-    monkeypatch.setattr(klot, "run", lambda n, **_: {"n": n, "forms": []})
+    report = {"n": 7, "contenders": ["one"], "forms": []}
+    monkeypatch.setattr(klot, "run", lambda n, **_: report)
     monkeypatch.setattr(klot, "_table", lambda report: str(report))
     synced = []
     monkeypatch.setattr(files.os, "fsync", synced.append)
     klot.main(["--n", "7", "--json", str(path)])
-    assert json.loads(path.read_text()) == {"n": 7, "forms": []}
+    assert json.loads(path.read_text()) == report
     assert len(synced) == 1
     assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
 

@@ -47,15 +47,15 @@ class TestMarginalErrors:
         image, text = unit_rows_of(kind)
         truth = image.astype(np.float64) @ text.astype(np.float64).T
         image, text = jnp.asarray(image), jnp.asarray(text)
-        full, three, blocks = (
-            marginal_error(affinity, truth, epsilon, 1e-3)
-            for affinity in (
-                StreamedAffinity(image, text, N),
-                StreamedAffinity(image, text, N, "bfloat16_3x").of_rows(image),
-                StreamedAffinity(image, text, 64, "bfloat16_3x"),
+        for block in (None, 64):
+            full, three = (
+                marginal_error(affinity if block else affinity.of_rows(image), truth, epsilon, 1e-3)
+                for affinity in (
+                    StreamedAffinity(image, text, block or N),
+                    StreamedAffinity(image, text, block or N, "bfloat16_3x"),
+                )
             )
-        )
-        assert max(three, blocks) < 1e-3 and max(three, blocks) < 1.03 * full
+            assert three < 1e-3 and three < 1.03 * full
         heads = [jax.lax.reduce_precision(side, 8, 7) for side in (image, text)]
         one = marginal_error(StreamedAffinity(*heads, N), truth, epsilon, 1e-3)
         assert one > 10e-3
@@ -105,7 +105,9 @@ class TestKLOT:
 
     def test_both_forms_are_one(self):
         (dense, left), (streamed, right) = (
-            value_and_gradients(problem(), **options, **THREE) for options in FORMS.values()
+            # The forms look at their errors at different times: as many iterations in both.
+            value_and_gradients(problem(), iterations=60, **options, **THREE)
+            for options in FORMS.values()
         )
         np.testing.assert_allclose(streamed, dense, rtol=1e-6)
         for one, other in zip(right, left, strict=True):
