@@ -23,7 +23,8 @@ def get_config(arg=None):
     config.data.n_pairs = 10_000  # paper: 1e2 .. 1e5
     config.data.n_unpaired = 0  # a side; 0: all there are, platonic: 20,000 (paper: 1e4 .. 1e6)
     config.data.resident = "auto"  # all rows on devices: auto | always | never (stream from disk)
-    config.data.resident_gib = 8.0  # what "auto" may use of each device for its rows, in GiB
+    # GiB of rows that "auto" may keep on each device; preparing them at the start takes some more.
+    config.data.resident_gib = 8.0
     # Any format that `sotalign inspect` opens; FILE:KEY names one array of a .npz, .h5 or
     # .safetensors file, as in "coco.npz:image". Rows join by id wherever both sides have ids.
     config.data.files.image = ""  # the paired corpus, images
@@ -89,7 +90,8 @@ def get_config(arg=None):
     config.loss.max_iterations = 500
     config.loss.iterations = 0  # the paper's fixed count is 100; 0: until the threshold
     # Sinkhorn starts from this share of the potentials that an image had when it was last in a
-    # batch; 0: from nothing, as in the paper. Another start ends at the same threshold.
+    # batch; 0: from nothing, as in the paper. Another start ends at the same threshold. Where every
+    # batch is all there is, the teacher's plan always starts from nothing.
     config.loss.warm_student = 1.0
     config.loss.warm_teacher = 1.0
     # Matrices of rows by columns: held (dense), formed block by block anew for every iteration
@@ -97,7 +99,8 @@ def get_config(arg=None):
     config.loss.memory = "auto"  # auto | dense | streamed
     config.loss.memory_gib = 4.0
     # Products of embeddings in klot and SigLIP: in float32, or as three bfloat16 products of their
-    # parts, for accelerators: marginal errors are then 4e-7 over epsilon at least.
+    # parts, for accelerators: true marginal errors are then up to 4e-7 over epsilon more than the
+    # reported ones.
     config.loss.precision = "float32"  # float32 | bfloat16_3x
 
     # ---- rows a step

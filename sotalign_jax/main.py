@@ -7,7 +7,7 @@ from ml_collections import config_flags
 
 from sotalign_jax import commands
 from sotalign_jax.config import explain
-from sotalign_jax.training.distributed import Preempted, does_it_alone, quick_end
+from sotalign_jax.training.distributed import Preempted, left_to_first, quick_end
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, as FILE.py or FILE.py:arg.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; given again, it goes on.")
@@ -37,7 +37,7 @@ def _main(argv: list[str]) -> int:
             commands.inspect(paths)
         elif paths:
             raise ValueError(f"{paths[0]}: unexpected; flags are written --name=value")
-        elif name not in ("train", "compare") and (other := does_it_alone()):
+        elif name not in ("train", "compare") and (other := left_to_first()):
             print(f"sotalign {name}: left to process 0 of {other.process_count} ({other.method})")
         else:
             COMMANDS[name]()

@@ -71,7 +71,14 @@ def standardized_rows(rows, columns: Columns | None) -> Float[Array, "n d"]:
 
 
 def check_precision(precision: str) -> None:
-    """Raise ValueError unless `matmul` knows this precision."""
+    """Checks the name of a precision.
+
+    Args:
+        precision: what was asked for.
+
+    Raises:
+        ValueError: unless `matmul` knows it.
+    """
     if precision not in ("float32", "bfloat16_3x"):
         raise ValueError(f"precision must be 'float32' or 'bfloat16_3x', got {precision!r}")
 
@@ -90,7 +97,8 @@ def matmul(
 
     summed in float32: a relative error of about ``2^-16`` a term, where a single bfloat16 product
     has ``2^-8`` and float32 ``2^-24``. The parts are formed here and not left to the device, so
-    that the numbers are those of this formula everywhere. Its gradient is formed in the same way.
+    that the numbers are those of this formula everywhere. Its gradient is formed in the same way,
+    in reverse mode only (``jax.grad``, not ``jax.jvp``).
 
     Args:
         left: ``(n, d)`` float32.

@@ -6,7 +6,7 @@ nothing (cold) and from the potentials that the images had when they were last s
 config's ``loss.warm_student`` and ``loss.warm_teacher`` have it), on each seed. The table tells
 what the solves took and what the aligner is worth: scores are on the validation pairs, differences
 paired by seed. Times are medians over the dispatches of all seeds, the first of each run left
-out because it compiles; measure them on an idle machine.
+out because it compiles; measure them on an idle machine, without cutting a run off.
 """
 
 from __future__ import annotations
@@ -123,8 +123,8 @@ def _check(config: Config, thresholds, starts, seeds) -> None:
         )
     if not thresholds or min(thresholds) <= 0:
         raise ValueError(f"thresholds: must be positive numbers, got {list(thresholds)}")
-    if not starts or not set(starts) <= set(STARTS):
-        raise ValueError(f"starts: must be of {', '.join(STARTS)}, got {list(starts)}")
+    if not starts or not set(starts) <= set(STARTS) or len(set(starts)) < len(starts):
+        raise ValueError(f"starts: must be of {', '.join(STARTS)}, each once, got {list(starts)}")
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds: must be distinct whole numbers, got {list(seeds)}")
     if "warm" in starts and not (config.loss.warm_student or config.loss.warm_teacher):
@@ -140,7 +140,9 @@ def _with(config: Config, threshold: float, start: str, seed: int) -> Config:
     one.loss.threshold = threshold
     if start == "cold":
         one.loss.warm_student = one.loss.warm_teacher = 0.0
-    one.eval_every = 0  # only the end counts, and nothing else should take time
+    # Only the end counts, and nothing else should take time.
+    one.eval_every = one.checkpoint_every = 0
+    one.select = "last"
     return validate(one)
 
 

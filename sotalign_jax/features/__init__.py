@@ -20,6 +20,7 @@ from sotalign_jax.features.store import (
     concat,
     find_bad_rows,
     open_store,
+    refuse_bad_rows,
     write_store,
 )
 
@@ -44,6 +45,7 @@ __all__ = [
     "openclipart_table",
     "pair",
     "platonic_world",
+    "refuse_bad_rows",
     "split_pairs",
     "write_store",
 ]

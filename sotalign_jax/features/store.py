@@ -36,6 +36,7 @@ __all__ = [
     "concat",
     "find_bad_rows",
     "open_store",
+    "refuse_bad_rows",
     "write_store",
 ]
 
@@ -468,25 +469,33 @@ def find_bad_rows(table: FeatureTable, part: int = 0, parts: int = 1) -> BadRows
     return BadRows(bad, first)
 
 
-def check_finite(
-    table: FeatureTable, name: str | None = None, found: BadRows | None = None
-) -> None:
+def check_finite(table: FeatureTable) -> None:
     """Reads a table once and raises if it holds NaN or Inf.
 
     Args:
         table: the rows to check.
-        name: what to call them in the message; by default the table's own name.
-        found: what `find_bad_rows` found, where others have read the rows already.
 
     Raises:
         ValueError: naming the table, how many rows are bad, and the first one (and its id).
     """
-    bad, first = find_bad_rows(table) if found is None else found
-    if bad:
-        which = "" if table.ids is None else f" (id {str(table.ids[first])!r})"
+    refuse_bad_rows(table, find_bad_rows(table))
+
+
+def refuse_bad_rows(table: FeatureTable, found: BadRows) -> None:
+    """Raises if bad rows were found in a table.
+
+    Args:
+        table: the rows that were checked.
+        found: what `find_bad_rows` found in all parts of it together.
+
+    Raises:
+        ValueError: naming the table, how many rows are bad, and the first one (and its id).
+    """
+    if found.count:
+        which = "" if table.ids is None else f" (id {str(table.ids[found.first])!r})"
         raise ValueError(
-            f"{name or table.name}: {bad} of {len(table)} rows hold NaN or Inf; "
-            f"the first is row {first}{which}"
+            f"{table.name}: {found.count} of {len(table)} rows hold NaN or Inf; "
+            f"the first is row {found.first}{which}"
         )
 
 

@@ -52,7 +52,8 @@ def siglip(
         image_mask: ``(n,)``, False for rows that do not count (padding); all count by default.
         text_mask: ``(m,)``, likewise. ``n`` and ``m`` above are then the rows that count.
         block: rows of logits that are held at once, forward and backward; all by default.
-        precision: of the products of embeddings, forward and backward, as for `klot`.
+        precision: of the products of embeddings, forward and backward, as for `klot`;
+            ``"bfloat16_3x"`` has no forward-mode derivative.
         axis_name: inside ``shard_map``, the mesh axes over which the images are spread: ``image``
             and ``image_mask`` are this device's rows, in the order of the devices; texts are whole
             on every device, and the value is the same on all.

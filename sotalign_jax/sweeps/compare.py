@@ -54,7 +54,7 @@ def compare(config, workdir: str | os.PathLike, *, console: Console | None = Non
 
     Raises:
         ValueError: as `train`; or nothing to compare, or data without test pairs.
-        Preempted: as `train`.
+        OSError, FloatingPointError, Preempted: as `train`.
     """
     console = (console or make_console()) if _first() else Console(quiet=True)
     config = together(lambda: validate(config))

@@ -17,8 +17,8 @@ from sotalign_jax.training.step import TrainState
 __all__ = ["Checkpoints"]
 
 
-# Seconds: what one of several processes waits for another whose write failed or hangs.
-_WRITE_TIMEOUT = 600
+# Leaves that hold one number a row, as long as the devices of a run want them.
+_PADDED = "potentials."
 
 
 class Checkpoints:
@@ -34,7 +34,7 @@ class Checkpoints:
         keep_best: keep the checkpoint with the highest validation metric beside the latest.
 
     Raises:
-        OSError: by any method, and of any checkpoint: it could not be written.
+        OSError: by the next call of any method: a checkpoint could not be written.
     """
 
     def __init__(self, directory: str | os.PathLike, *, keep_best: bool):
@@ -51,11 +51,8 @@ class Checkpoints:
                     keep_checkpoints_without_metrics=False,
                 )
             )
-        context = ocp.Context()
-        context.asynchronous.timeout_secs = _WRITE_TIMEOUT
         self._checkpointer: Any = ocp.training.Checkpointer(
             str(self._directory),
-            context=context,
             preservation_policy=policies.AnyPreservationPolicy(kept),  # pyright: ignore[reportArgumentType]
             cleanup_tmp_directories=True,
         )
@@ -85,12 +82,17 @@ class Checkpoints:
             self._checkpointer.save_async(step, _named_leaves(state), force=True, metrics=metrics)
 
     def restore(self, like: TrainState, step: int) -> TrainState:
-        """The state saved at ``step``, with the structure, dtypes and shardings of ``like``."""
+        """The state saved at ``step``, with the structure, dtypes and shardings of ``like``.
+
+        Raises:
+            ValueError: a leaf has another shape; what is one number a row may differ in padding.
+        """
         self.wait()
         abstract = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
             for name, leaf in _named_leaves(like).items()
         }
+        self._check_shapes(abstract, step)
         # One number a row is padded to what the devices share evenly: other devices, other padding.
         options = ocp.options.ArrayOptions(
             loading=ocp.options.ArrayOptions.Loading(enable_padding_and_truncation=True)
@@ -98,6 +100,17 @@ class Checkpoints:
         with ocp.Context(array_options=options):
             leaves = self._checkpointer.load(step, abstract)
         return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in abstract])
+
+    def _check_shapes(self, wanted: dict[str, jax.ShapeDtypeStruct], step: int) -> None:
+        """Raises ValueError where the checkpoint is of another state; only padding may differ."""
+        saved = self._checkpointer.metadata(step).metadata
+        for name, leaf in wanted.items():
+            found = tuple(saved[name].shape) if name in saved else None
+            if found != leaf.shape and not (found and name.startswith(_PADDED)):
+                raise ValueError(
+                    f"checkpoints: {name} of step {step} in {self._directory} has shape {found}, "
+                    f"and this run needs {leaf.shape}; have its data changed? Give another workdir"
+                )
 
     def wait(self) -> None:
         """Wait for what is being written, and know that it is complete."""
@@ -117,6 +130,8 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
+            if self._writing is None:
+                raise
             # Where other processes were waited for in vain, that stands over what happened here.
             cause: BaseException = error
             while (earlier := cause.__context__) is not None and earlier is not handled:

@@ -95,7 +95,7 @@ def _check_finite(splits: Splits) -> None:
     everyone = np.stack(gather(np.array(found, np.int64)))
     for number, table in enumerate(tables):
         bad, first = everyone[:, number, 0].sum(), everyone[:, number, 1].min()
-        features.check_finite(table, found=features.BadRows(int(bad), int(first)))
+        features.refuse_bad_rows(table, features.BadRows(int(bad), int(first)))
 
 
 def load_test_pairs(config: Config) -> Pairs | None:

@@ -125,7 +125,12 @@ def place_batch(local: Batch, sizes: tuple[int, int, int], mesh: Mesh | None) ->
         return place(lambda at: rows[at.start - start : at.stop - start], size, rows.shape[1], mesh)
 
     placed = Batch(*(put(rows, size) for rows, size in zip(local, counts, strict=False)))
-    return placed._replace(image_rows=replicate(local.image_rows, mesh))
+    rows = local.image_rows
+    if rows is not None:
+        # Not by `replicate`: jax would have the processes compare their rows, and wait for that.
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        rows = jax.make_array_from_callback(rows.shape, everywhere, lambda index: rows[index])
+    return placed._replace(image_rows=rows)
 
 
 def share(rows: int, mesh: Mesh | None) -> slice:

@@ -39,9 +39,9 @@ __all__ = [
     "PreemptionWatch",
     "Start",
     "broadcast",
-    "does_it_alone",
     "from_first",
     "gather",
+    "left_to_first",
     "quick_end",
     "start",
     "together",
@@ -142,21 +142,21 @@ def start(
     return found
 
 
-def does_it_alone() -> Start | None:
-    """Who does what several processes cannot share, such as writing one file: process 0.
+def left_to_first() -> Start | None:
+    """Whether this is a process that leaves what several cannot share to process 0.
 
     Asks settings and surroundings as `start` does, and starts nothing: the process may stand beside
     those of a running training, with the same settings.
 
     Returns:
-        None in the process that does it; in the others, how they were started.
+        None in process 0, which does it; in the others, how they were started.
 
     Raises:
         ValueError: as `start`; or several hosts of a Cloud TPU, of which none can use it alone.
         OSError: the cluster that it asks refused.
     """
     found, _ = _from_settings(None, None, None) or _from_cluster()
-    if found.method == "tpu" and found.process_count > 1:
+    if found.process_count > 1 and _tpu_cluster() is not None:
         raise ValueError(
             f"this is one of {found.process_count} hosts of a Cloud TPU, which can only be used by "
             "all together; start it on one host, with JAX_PLATFORMS=cpu"
@@ -407,7 +407,8 @@ def together(work: Callable[[], T]) -> T:
     except Exception as error:
         failure = error
     said = "" if failure is None else str(failure) or type(failure).__name__
-    text = np.frombuffer(said.encode()[:_MESSAGE].ljust(_MESSAGE, b"\0"), np.uint8)
+    said = said.encode(errors="backslashreplace")[:_MESSAGE]  # file names need not be Unicode
+    text = np.frombuffer(said.ljust(_MESSAGE, b"\0"), np.uint8)
     everyone = [one.tobytes().rstrip(b"\0").decode(errors="replace") for one in gather(text)]
     if failure is not None:
         raise failure

@@ -161,7 +161,7 @@ def _train(
     # ---- resume
     keep_best = config.select == "best"
     checkpoints = Checkpoints(home.checkpoints, keep_best=keep_best)
-    start = checkpoints.latest
+    start = from_first(lambda: checkpoints.latest)
     if start is not None:
         state = checkpoints.restore(state, start)
     start = start or 0
@@ -169,7 +169,9 @@ def _train(
         _announce(console, config, splits, setup, teacher, resident, start)
 
     # ---- train loop
-    writer = MetricWriter(home.metrics, start, make_sinks(config, home.path)) if first else None
+    writer = together(
+        lambda: MetricWriter(home.metrics, start, make_sinks(config, home.path)) if first else None
+    )
     bar = ProgressBar(console, config.steps, start, quiet=quiet)
     clock = _Clock(start, sum(stream.size for stream in setup.streams))
     dispatches = (
@@ -210,7 +212,8 @@ def _train(
 
     # ---- select, save, evaluate
     selected = config.steps
-    if keep_best and (best := checkpoints.best) is not None:
+    best = from_first(lambda: checkpoints.best) if keep_best else None
+    if best is not None:
         selected, state = best, checkpoints.restore(state, best)
     aligner = _merge(setup, state.params, rest)
     aligner.training_prior = setup.loss.prior(*(stream.size for stream in setup.streams))

@@ -16,6 +16,7 @@ from sotalign_jax.config import Config
 from sotalign_jax.features.batches import Batch
 from sotalign_jax.losses.klot import dense_or_block
 from sotalign_jax.models import Aligner
+from sotalign_jax.numerics import MatmulPrecision
 
 __all__ = ["DIVERGENCES", "OBJECTIVES", "LossSettings", "Outcome", "RowPotentials"]
 
@@ -62,7 +63,7 @@ class LossSettings:
     memory_gib: float
     warm_student: float
     warm_teacher: float
-    precision: Literal["float32", "bfloat16_3x"]
+    precision: MatmulPrecision
     normalization: Literal["mean", "rows"]
     # Not of the configuration: where the rows of a batch are spread over devices, the axis of the
     # mesh, and how many pairs, unpaired images and unpaired texts a batch has before padding.

@@ -108,6 +108,9 @@ class Setup:
         Args:
             function: on what one device has of its arguments.
             arguments: how each argument after the state lies on the mesh.
+
+        Returns:
+            The function of whole arguments.
         """
         if self.mesh is None:
             return function
@@ -152,7 +155,15 @@ def init_state(setup: Setup, params: Variables) -> TrainState:
 
 
 def place_state(state: TrainState, mesh: Mesh | None) -> TrainState:
-    """A state that every process has, as it lies on the mesh."""
+    """A state as it lies on the mesh.
+
+    Args:
+        state: all of it, the same in every process.
+        mesh: where to; None leaves it on one device.
+
+    Returns:
+        The state, its potentials spread as rows are, all else the same on every device.
+    """
     placed = replicate(state._replace(potentials=None), mesh)
     return placed._replace(
         potentials=jax.tree.map(lambda leaf: place_vector(leaf, mesh), state.potentials)

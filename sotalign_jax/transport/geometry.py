@@ -42,7 +42,8 @@ class RowGeometry(geometry.Geometry):
 
     affinity: Any  # with shape and dtype: a matrix, or what stands for one
     axis_name: AxisName | None = None
-    # Iterations between two looks at the marginal error.
+    # Plain iterations between two looks at the marginal error. (Over-relaxed ones go by five: their
+    # error falls over a few iterations, but not from each to the next.)
     pace: int = 5
 
     @property
@@ -129,8 +130,6 @@ class AffinityGeometry(RowGeometry):
         epsilon: entropic regularisation, in units of the affinity.
         kernel: ``(n, m)`` absorbed kernel, or ``None`` while no potentials are absorbed.
         axis_name: mesh axes over which the rows are spread, inside ``shard_map``.
-
-    Here a look costs as much as an iteration.
 
     References:
         B. Schmitzer, "Stabilized sparse scaling algorithms for entropy regularized transport

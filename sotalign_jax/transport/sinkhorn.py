@@ -169,7 +169,8 @@ def _solve_balanced(geometry: RowGeometry, a, b, f, threshold, budget, relaxatio
         return near & jnp.all(look.columns >= b * jnp.exp(-_SAFE_BEYOND))
 
     def run_block(kernel: RowGeometry, state: _State) -> _State:
-        length = jnp.minimum(kernel.pace, budget - state.iterations)
+        pace = jnp.where(state.weight > 1.0, RowGeometry.pace, kernel.pace)
+        length = jnp.minimum(pace, budget - state.iterations)
         u, v, carried, look = kernel.iterate(
             state.u, state.v, state.carried, a, b, state.weight, length
         )

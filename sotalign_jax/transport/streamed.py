@@ -123,7 +123,7 @@ class StreamedGeometry(RowGeometry):
         axis_name: mesh axes over which the rows are spread, inside ``shard_map``.
     """
 
-    # A look comes with every pass, and costs nothing; two iterations show a rate of convergence.
+    # A look comes with every pass, and costs nothing.
     pace = 2
 
     def __init__(self, affinity, epsilon, potentials=None, axis_name: AxisName | None = None):

@@ -80,6 +80,7 @@ def test_configs_with_nothing_to_measure(fields, message, tmp_path):
         ({"thresholds": []}, "thresholds: must be positive"),
         ({"thresholds": [0.1, -1.0]}, "thresholds: must be positive"),
         ({"starts": ["hot"]}, "starts: must be of cold, warm"),
+        ({"starts": ["cold", "cold"]}, "starts: must be of cold, warm, each once"),
         ({"seeds": [1, 1]}, "seeds: must be distinct"),
     ],
 )

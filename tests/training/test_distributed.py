@@ -512,16 +512,19 @@ def test_process_0_does_alone_what_cannot_be_shared(
     environment, expected, initialized, monkeypatch
 ):
     put(monkeypatch, environment)
-    assert distributed.does_it_alone() == expected
+    assert distributed.left_to_first() == expected
     assert initialized == []  # beside a running training, nobody is called
 
 
 def test_hosts_of_a_tpu_do_nothing_alone(initialized, on_tpu, monkeypatch):
     put(monkeypatch, GKE_TPU)
     with pytest.raises(ValueError, match=r"one of 8 hosts of a Cloud TPU.*JAX_PLATFORMS=cpu"):
-        distributed.does_it_alone()
+        distributed.left_to_first()
+    put(monkeypatch, SETTINGS)
+    with pytest.raises(ValueError, match=r"one of 4 hosts of a Cloud TPU"):
+        distributed.left_to_first()
     jax.config.update("jax_platforms", "cpu")
-    assert distributed.does_it_alone() is None
+    assert distributed.left_to_first() is None
 
 
 def test_half_given_settings_on_the_command_line(tmp_path, monkeypatch, initialized):

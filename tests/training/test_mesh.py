@@ -168,3 +168,17 @@ class TestDevices:
         assert len(kept) == padded(10, self.mesh(after))
         np.testing.assert_array_equal(kept[:10], vector)
         assert not kept[10:].any() and restored.potentials.teacher is None
+
+    @pytest.mark.parametrize("width", [2, 4])
+    def test_parameters_of_another_shape_are_refused(self, width, tmp_path):
+        def state(width):
+            return TrainState({"w": jnp.ones((width, 3))}, (), jnp.asarray(5))
+
+        checkpoints = Checkpoints(tmp_path, keep_best=False)
+        checkpoints.save(state(3))
+        message = rf"params.w of step 5 in .* has shape \(3, 3\), and this run needs \({width}, 3\)"
+        with pytest.raises(ValueError, match=message):
+            checkpoints.restore(state(width), 5)
+        with pytest.raises(ValueError, match=r"opt_state.0 of step 5 .* has shape None"):
+            checkpoints.restore(state(3)._replace(opt_state=(jnp.ones(2),)), 5)
+        checkpoints.close()

@@ -167,3 +167,22 @@ class TestBlocks:
         assert block_rows(5, 1_000, 1e9) == 5
         assert block_rows(5, 0, 1e9) == 5
         assert block_rows(10_000, 1_000, 1e12) == 256  # more is slower on a CPU
+
+
+@pytest.mark.parametrize(("seed", "threshold"), [(0, 1e-3), (1, 1e-2), (1, 1e-3), (2, 1e-3)])
+def test_looking_more_often_does_not_make_it_slower(seed, threshold):
+    """Clustered rows at a small epsilon, where over-relaxed errors rise and fall."""
+    draw = np.random.default_rng(seed)
+    centres = draw.normal(size=(12, 16))
+    image, text = (
+        reference.unit(centres[draw.integers(12, size=600)] + 0.4 * draw.normal(size=(600, 16)))
+        for _ in range(2)
+    )
+    affinity = StreamedAffinity(
+        jnp.asarray(image, jnp.float32), jnp.asarray(text, jnp.float32), block=200
+    )
+    options = {"threshold": threshold, "max_iterations": 2000}
+    streamed = solve(affinity, 0.01, **options)
+    dense = solve(affinity.of_rows(affinity.image), 0.01, **options)
+    assert bool(streamed.converged)
+    assert int(streamed.iterations) <= 1.3 * int(dense.iterations)
