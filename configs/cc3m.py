@@ -15,7 +15,7 @@ The paper, COCO val, recall@1: T2I 26.5, I2T 34.1, mean 30.3, with alpha chosen 
 (`:tune`); SAIL on the same pairs 21.0, 27.4, 24.2; the CCA teacher 21.5 mean. Not yet rerun here.
 
 Memory of one device, compiled on a CPU by `python -m sotalign_jax.benchmarks.scaling --aot --config
-configs/cc3m.py --devices 1,8,16`: 5.92 GiB on one device, with rows streamed from disk and KLOT
+configs/cc3m.py --devices 1,8,16`: 5.93 GiB on one device, with rows streamed from disk and KLOT
 streamed; 6.66 GiB on each of 8 and 3.58 GiB on each of 16, with all rows resident and KLOT dense,
 after 9.64 and 4.84 GiB while the rows are prepared. Streamed from disk (`data.resident = "never"`)
 it is 2.25 GiB on each of 8 and 1.36 GiB on each of 16.
