@@ -4,6 +4,7 @@ from sotalign_jax.losses.affinity import cosine_affinity
 from sotalign_jax.losses.contrastive import info_nce, siglip
 from sotalign_jax.losses.divergences import cka, info_nce_divergence
 from sotalign_jax.losses.klot import KLOTInfo, klot, klot_from_affinity
+from sotalign_jax.losses.structure import structure
 
 __all__ = [
     "KLOTInfo",
@@ -14,4 +15,5 @@ __all__ = [
     "klot",
     "klot_from_affinity",
     "siglip",
+    "structure",
 ]
