@@ -10,6 +10,7 @@ from sotalign_jax.losses.neighbours import (
     nearest_neighbours,
     neighbour_siglip,
 )
+from sotalign_jax.losses.pseudo_label import pseudo_label, pseudo_label_targets
 from sotalign_jax.losses.structure import structure
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "klot_from_affinity",
     "nearest_neighbours",
     "neighbour_siglip",
+    "pseudo_label",
+    "pseudo_label_targets",
     "siglip",
     "structure",
 ]
