@@ -1,5 +1,23 @@
-"""Measures of alignment: arrays in, a dict of numbers out."""
+"""Measures of alignment, and of what there is to align: arrays in, numbers out."""
 
+from sotalign_jax.evaluation.duplicates import Duplicates, find_duplicates
+from sotalign_jax.evaluation.health import feature_health
 from sotalign_jax.evaluation.retrieval import retrieval_metrics
+from sotalign_jax.evaluation.shift import (
+    circular_wasserstein,
+    distribution_shift,
+    spherical_sliced_wasserstein,
+)
+from sotalign_jax.evaluation.similarity import linear_cka, mutual_knn
 
-__all__ = ["retrieval_metrics"]
+__all__ = [
+    "Duplicates",
+    "circular_wasserstein",
+    "distribution_shift",
+    "feature_health",
+    "find_duplicates",
+    "linear_cka",
+    "mutual_knn",
+    "retrieval_metrics",
+    "spherical_sliced_wasserstein",
+]
