@@ -1,5 +1,6 @@
 """Measures of alignment, and of what there is to align: arrays in, numbers out."""
 
+from sotalign_jax.evaluation.diagnosis import Finding, describe, diagnose
 from sotalign_jax.evaluation.duplicates import Duplicates, find_duplicates
 from sotalign_jax.evaluation.health import feature_health
 from sotalign_jax.evaluation.retrieval import retrieval_metrics
@@ -12,7 +13,10 @@ from sotalign_jax.evaluation.similarity import linear_cka, mutual_knn
 
 __all__ = [
     "Duplicates",
+    "Finding",
     "circular_wasserstein",
+    "describe",
+    "diagnose",
     "distribution_shift",
     "feature_health",
     "find_duplicates",

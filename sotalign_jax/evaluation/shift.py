@@ -186,7 +186,8 @@ def distribution_shift(
         Floats: ``shift`` and ``shift_sd`` over the repeats; ``null``, the mean distance of two sets
         of one source, the larger of both sources; ``null_first`` and ``null_second``, the two;
         ``ratio`` = shift / null, about 1 where the sources are alike, infinite where null is 0 and
-        shift is not; ``rows``, the size of a set.
+        shift is not; ``excess``, the root of shift^2 - null^2 or 0, which depends less on how many
+        rows there were; ``rows``, the size of a set.
 
     Raises:
         ValueError: as `spherical_sliced_wasserstein`; a source has fewer than 4 rows that are not
@@ -232,5 +233,6 @@ def distribution_shift(
         "null_first": float(null_first),
         "null_second": float(null_second),
         "ratio": float(shift / null) if null > ROUNDING else apart,
+        "excess": float(np.sqrt(max(shift**2 - null**2, 0.0))),
         "rows": float(size),
     }

@@ -142,6 +142,8 @@ def test_more_rows_lower_the_null_but_not_the_shift():
     )
     assert many["null"] < 0.4 * few["null"]
     assert many["shift"] == pytest.approx(few["shift"], rel=0.3)
+    assert many["excess"] == pytest.approx(few["excess"], rel=0.2)
+    assert many["excess"] ** 2 == pytest.approx(many["shift"] ** 2 - many["null"] ** 2)
 
 
 def test_rows_of_zeros_are_left_out_and_rows_that_repeat_have_no_null():
