@@ -12,16 +12,16 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from sotalign_jax import features, sweeps, training
+from sotalign_jax import evaluation, features, sweeps, training
 from sotalign_jax.config import Config, validate
-from sotalign_jax.features import Pairs
+from sotalign_jax.features import FeatureTable, Pairs
 from sotalign_jax.models import Aligner
 from sotalign_jax.training import distributed
 from sotalign_jax.training.evaluate import CHUNK, check_width
 from sotalign_jax.training.metrics import ProgressBar, make_console
 from sotalign_jax.training.workdir import read_json, write_json
 
-__all__ = ["USAGE", "compare", "embed", "evaluate", "fit_teacher", "inspect", "train"]
+__all__ = ["USAGE", "compare", "diagnose", "embed", "evaluate", "fit_teacher", "inspect", "train"]
 
 USAGE = """sotalign: semi-supervised alignment of frozen image and text encoders
 
@@ -30,12 +30,15 @@ USAGE = """sotalign: semi-supervised alignment of frozen image and text encoders
   sotalign evaluate    --workdir=DIR [--image=F --text=F] [--out=FILE.json]    retrieval
   sotalign embed       --workdir=DIR [--image=F] [--text=F] [--out=DIR]    features to embeddings
   sotalign fit-teacher --config=FILE.py --out=DIR        the linear teacher alone, as an aligner
+  sotalign diagnose    --config=FILE.py [--out=FILE.json]    is its data worth training on?
   sotalign inspect     PATH ...                          features, an aligner or a run, described
 
 Any field of a config can be set on the command line: --config.loss.alpha=0.1
 """
 
 _SHOWN = (1, 5, 10)
+# Rows of each table that a diagnosis reads.
+_LOOKED_AT = 10_000
 
 
 def train(config: Config, workdir: str, console: Console | None = None) -> dict[str, Any]:
@@ -84,6 +87,47 @@ def fit_teacher(
     console.print(table)
     console.print(f"teacher saved in {Path(out) / 'aligner'}", highlight=False, soft_wrap=True)
     return scores
+
+
+def diagnose(
+    config: Config, out: str | None = None, console: Console | None = None
+) -> dict[str, Any]:
+    """Say whether a run's encoders, pairs and unpaired rows look worth training on."""
+    console = console or make_console()
+    config = validate(config)
+    if out is not None and Path(out).exists():
+        raise ValueError(f"out: {out} exists; give another file or remove it")
+    splits = training.load_splits(config)
+    rng = np.random.default_rng(config.seed)
+
+    def some(table: FeatureTable, of: np.ndarray | None = None) -> np.ndarray:
+        """Up to so many rows, in their order; or the given ones."""
+        if of is None:
+            of = np.sort(rng.permutation(len(table))[:_LOOKED_AT])
+        return np.asarray(table.select(of).array())
+
+    chosen = np.sort(rng.permutation(len(splits.pairs))[:_LOOKED_AT])
+    held_out = {"val": splits.val, "test": splits.test}
+    found = evaluation.diagnose(
+        some(splits.pairs.image, chosen),
+        some(splits.pairs.text, chosen),
+        some(splits.unpaired_image),
+        some(splits.unpaired_text),
+        held_out={
+            name: (some(pairs.image), some(pairs.text))
+            for name, pairs in held_out.items()
+            if pairs is not None
+        },
+        max_rows=_LOOKED_AT,
+        seed=config.seed,
+    )
+    console.print(f"data: {splits.description}", highlight=False)
+    console.print(evaluation.describe(found), highlight=False, markup=False, soft_wrap=True)
+    found["findings"] = [finding._asdict() for finding in found["findings"]]
+    if out is not None:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        write_json(Path(out), found)
+    return found
 
 
 def evaluate(

@@ -20,6 +20,7 @@ COMMANDS = {
     "compare": lambda: commands.compare(_needed(_CONFIG), _needed(_WORKDIR)),
     "evaluate": lambda: commands.evaluate(_needed(_WORKDIR), _IMAGE.value, _TEXT.value, _OUT.value),
     "embed": lambda: commands.embed(_needed(_WORKDIR), _IMAGE.value, _TEXT.value, _OUT.value),
+    "diagnose": lambda: commands.diagnose(_needed(_CONFIG), _OUT.value),
     "fit-teacher": lambda: commands.fit_teacher(_needed(_CONFIG), _needed(_OUT)),
 }
 

@@ -391,3 +391,22 @@ def test_inspect_describes_features_aligners_and_runs(trained, files, tmp_path, 
 
 def test_version_is_a_version():
     assert sotalign_jax.__version__.count(".") == 2
+
+
+def test_diagnose_says_what_it_found_and_writes_it(here, tmp_path):
+    out = tmp_path / "new" / "diagnosis.json"
+    config = ROOT / "configs" / "emoji.py"
+    status, printed, _ = here("diagnose", f"--config={config}", f"--out={out}")
+    assert status == 0
+    assert "data: " in printed and "verdict: worth training" in printed
+    found = json.loads(out.read_text())
+    assert found["verdict"] == "worth training" and found["numbers"]["pairs/rows"] == 300
+    assert all(finding["text"] in printed for finding in found["findings"])
+    assert found["numbers"]["pairs/mutual_knn/z"] > 4
+    status, _, err = here("diagnose", f"--config={config}", f"--out={out}")
+    assert status == 2 and f"out: {out} exists" in err
+
+
+def test_diagnose_needs_a_config(here):
+    status, _, err = here("diagnose")
+    assert status == 2 and "--config: this command needs it" in err
