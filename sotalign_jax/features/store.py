@@ -469,24 +469,26 @@ def find_bad_rows(table: FeatureTable, part: int = 0, parts: int = 1) -> BadRows
     return BadRows(bad, first)
 
 
-def check_finite(table: FeatureTable) -> None:
+def check_finite(table: FeatureTable, name: str | None = None) -> None:
     """Reads a table once and raises if it holds NaN or Inf.
 
     Args:
         table: the rows to check.
+        name: what to call them in the message; by default the table's own name.
 
     Raises:
         ValueError: naming the table, how many rows are bad, and the first one (and its id).
     """
-    refuse_bad_rows(table, find_bad_rows(table))
+    refuse_bad_rows(table, find_bad_rows(table), name)
 
 
-def refuse_bad_rows(table: FeatureTable, found: BadRows) -> None:
+def refuse_bad_rows(table: FeatureTable, found: BadRows, name: str | None = None) -> None:
     """Raises if bad rows were found in a table.
 
     Args:
         table: the rows that were checked.
         found: what `find_bad_rows` found in all parts of it together.
+        name: as for `check_finite`.
 
     Raises:
         ValueError: naming the table, how many rows are bad, and the first one (and its id).
@@ -494,7 +496,7 @@ def refuse_bad_rows(table: FeatureTable, found: BadRows) -> None:
     if found.count:
         which = "" if table.ids is None else f" (id {str(table.ids[found.first])!r})"
         raise ValueError(
-            f"{table.name}: {found.count} of {len(table)} rows hold NaN or Inf; "
+            f"{name or table.name}: {found.count} of {len(table)} rows hold NaN or Inf; "
             f"the first is row {found.first}{which}"
         )
 

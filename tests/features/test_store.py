@@ -15,6 +15,7 @@ from sotalign_jax.features import (
     concat,
     find_bad_rows,
     open_store,
+    refuse_bad_rows,
     write_store,
 )
 
@@ -403,7 +404,7 @@ def test_every_row_is_checked_in_exactly_one_part(parts):
         find_bad_rows(table, parts, parts)
     # A caller that knows already has nothing read again.
     with pytest.raises(ValueError, match=f"array: {len(wrong)} of 40 rows .* row {wrong[0]}$"):
-        check_finite(table, found=BadRows(len(wrong), int(wrong[0])))
+        refuse_bad_rows(table, BadRows(len(wrong), int(wrong[0])))
     assert len(read) == 40
 
 
