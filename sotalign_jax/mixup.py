@@ -56,8 +56,8 @@ def fusemix(
         )
     if n < 2:
         raise ValueError(f"image and text must have at least 2 rows to mix, got {n}")
-    if not alpha > 0:
-        raise ValueError(f"alpha must be positive, got {alpha}")
+    if not 0 < alpha < float("inf"):
+        raise ValueError(f"alpha must be positive and finite, got {alpha}")
     if partners not in ("halves", "roll"):
         raise ValueError(f"partners must be 'halves' or 'roll', got {partners!r}")
     if partners == "halves" and n % 2:

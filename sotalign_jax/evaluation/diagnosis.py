@@ -123,6 +123,14 @@ def diagnose(
             f"permutations={permutations}: must be at least {round(1 / P_VALUE) - 1}, for p to "
             f"reach {P_VALUE:g}"
         )
+    for name, value in (("n_projections", n_projections), ("repeats", repeats)):
+        if value < 1:
+            raise ValueError(f"{name}={value}: must be at least 1")
+    for part, pair in (held_out or {}).items():
+        if len(pair) != 2:
+            raise ValueError(
+                f"held_out[{part!r}]: must be an image and a text array, got {len(pair)} things"
+            )
     if "unpaired" in (held_out or {}):
         raise ValueError("held_out: 'unpaired' is the name of other rows; call the pairs otherwise")
     sides = {
@@ -139,9 +147,7 @@ def diagnose(
     for side, rows in (("image", unpaired_image), ("text", unpaired_text)):
         if rows is None:
             continue
-        rows = checked_sides(sides[side], rows, (side, f"unpaired_{side}"), least=0)[1]
-        if _directions(rows) >= LEAST_SHIFT and _directions(sides[side]) >= LEAST_SHIFT:
-            unpaired[side] = rows
+        unpaired[side] = checked_sides(sides[side], rows, (side, f"unpaired_{side}"), least=0)[1]
     new = {
         (part, side): checked_sides(sides[side], rows, (side, f"held_out[{part!r}] {side}"))[1]
         for part, pair in (held_out or {}).items()
@@ -152,6 +158,11 @@ def diagnose(
     at = drawn_rows(np.arange(n), max_rows, rng)
     sides = {side: rows[at] for side, rows in sides.items()}
     unpaired = {side: drawn_rows(rows, max_rows, rng) for side, rows in unpaired.items()}
+    unpaired = {
+        side: rows
+        for side, rows in unpaired.items()
+        if min(_directions(rows), _directions(sides[side])) >= LEAST_SHIFT
+    }
     new = {key: drawn_rows(rows, max_rows, rng) for key, rows in new.items()}
 
     numbers: dict[str, float] = {"pairs/rows": float(n), "pairs/looked_at": float(len(at))}
@@ -367,21 +378,25 @@ def _shift_findings(numbers: dict[str, float], side: str) -> list[Finding]:
 def _double_findings(numbers: dict[str, float], held_out: set[str]) -> list[Finding]:
     findings = []
     for name, share in numbers.items():
-        if not name.startswith("doubles/") or not name.endswith("/same"):
+        if not name.startswith("doubles/"):
             continue
-        where = name.removeprefix("doubles/").removesuffix("/same")
+        where, _, kind = name.removeprefix("doubles/").rpartition("/")
+        if kind == "near" and numbers[f"doubles/{where}/same"] > 0.5 * share:
+            continue  # said of the same rows already, or of most of them
         leaks = any(where.startswith(f"{part}_") for part in held_out)
         bound = LEAK if leaks else DOUBLES
         if share <= bound:
             continue
         words = where.replace("_", " ")
-        level = "warning" if leaks and where.endswith("_in_pairs") else "note"
+        level = "warning" if leaks and where.endswith("_in_pairs") and kind == "same" else "note"
+        nearly = "" if kind == "same" else "all but "
+        height = "of 1" if kind == "same" else "next to 1"
         inside = "" if "_in_" in where else " repeat an earlier one"
         findings.append(
             Finding(
                 level,
-                f"{share:.1%} of rows are doubles: {words}{inside}",
-                f"more than {bound:.0%} at a cosine of 1",
+                f"{share:.1%} of rows are {nearly}doubles: {words}{inside}",
+                f"more than {bound:.0%} at a cosine {height}",
             )
         )
     return findings

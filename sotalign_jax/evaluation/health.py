@@ -39,8 +39,8 @@ def feature_health(
         * ``largest_column``: share of the squared length that the heaviest column has, in the mean
           over rows; 1 / dim where all weigh the same;
         * ``mean_cosine`` of two different rows; near 1 where all rows point one way;
-        * ``rank``: principal directions whose deviation is above rounding of float32, as
-          `numpy.linalg.matrix_rank` has it; at most min(n - 1, d);
+        * ``rank``: principal directions whose deviation is above rounding of float32, d times its
+          epsilon of the largest; at most min(n - 1, d);
         * ``effective_rank``: exponential of the entropy of the shares of variance;
         * ``variance_share@k``: share of the variance in the first k directions, for every k.
 
@@ -74,7 +74,7 @@ def feature_health(
     shares = variances / variances.sum() if variances.sum() > 0 else np.full(1, np.nan)
     positive = shares[shares > 0]
     # A direction's deviation against the largest, and rounding of float32 against that.
-    floor = (max(n, dim) * _EPS32) ** 2 * variances[0]
+    floor = (dim * _EPS32) ** 2 * variances[0]
     nonzero = int(np.sum(norms > 0))
     metrics = {
         "rows": n,

@@ -30,10 +30,11 @@ def mutual_knn(
 ) -> dict[str, float]:
     """Share of an item's k nearest neighbours that its image and its text have in common.
 
-    An item is not its own neighbour, and of equally near ones those of lower row number count. The
-    score grows with k / n and with the number of encoders or layers that were tried, so it comes
-    with what it is when the texts are shuffled among the images: on average exactly k / (n - 1),
-    with a spread that depends on how often the same rows are neighbours (hubs), drawn here.
+    An item is not its own neighbour. Of equally near ones some are drawn, for images and texts
+    apart: taken by their row number, ties would be what the two have in common. The score grows
+    with k / n and with the number of encoders or layers that were tried, so it comes with what it
+    is when the texts are shuffled among the images: on average exactly k / (n - 1), with a spread
+    that depends on how often the same rows are neighbours (hubs), drawn here.
 
     Args:
         image: ``(n, d)`` image features, n >= k + 2, of any floating dtype and any row length.
@@ -42,7 +43,7 @@ def mutual_knn(
         metric: ``"cosine"`` (default), or ``"euclidean"`` on rows as they are.
         permutations: shuffles of the texts for the null (default 200), at least 2; the smallest
             possible p is 1 / (permutations + 1).
-        seed: of the shuffles (default 0).
+        seed: of the shuffles and of the choice among equals (default 0).
         chunk_size: rows whose neighbours are looked for at a time (default 1024); memory grows as
             chunk_size x n x 4 bytes. The result does not depend on it.
 
@@ -71,9 +72,10 @@ def mutual_knn(
     image, text = _checked_pairs(image, text, least=k + 2)
     n = len(image)
     rng = np.random.default_rng(seed)
+    how = (k, metric, chunk_size)
     # An edge from i to its neighbour j as one number, so that common edges are common numbers.
     image_edges, text_edges = (
-        np.stack([np.repeat(np.arange(n), k), _neighbours(rows, k, metric, chunk_size).ravel()])
+        np.stack([np.repeat(np.arange(n), k), _drawn_neighbours(rows, rng, *how).ravel()])
         for rows in (image, text)
     )
     known = np.sort(image_edges[0] * n + image_edges[1])
@@ -106,6 +108,16 @@ def _checked_pairs(image, text, least: int) -> tuple[np.ndarray, np.ndarray]:
             "i of the other"
         )
     return image, text
+
+
+def _drawn_neighbours(
+    rows: np.ndarray, rng: np.random.Generator, k: int, metric: str, chunk_size: int
+) -> Int[np.ndarray, "n k"]:
+    """`_neighbours` in an order of the rows that is drawn, since ties go to the first."""
+    order = rng.permutation(len(rows))
+    found = np.empty((len(rows), k), np.int64)
+    found[order] = order[_neighbours(rows[order], k, metric, chunk_size)]
+    return found
 
 
 def _neighbours(rows: np.ndarray, k: int, metric: str, chunk_size: int) -> Int[np.ndarray, "n k"]:

@@ -138,8 +138,13 @@ def choose_neighbours(key: Key[Array, ""], rows: Int[ArrayLike, "q k"]) -> Int[A
 
     Returns:
         ``(q,)`` row numbers.
+
+    Raises:
+        ValueError: if there is no neighbour to choose from.
     """
     rows = jnp.asarray(rows)
+    if rows.ndim != 2 or rows.shape[1] < 1:
+        raise ValueError(f"rows must be (q, k) with at least one neighbour, got {rows.shape}")
     at = jax.random.randint(key, (rows.shape[0], 1), 0, rows.shape[1])
     return jnp.take_along_axis(rows, at, axis=1)[:, 0]
 
@@ -166,8 +171,9 @@ def nearest_neighbours(
         exclude: ``(q,)`` the row of the table that is the query itself, or -1; never a neighbour.
         duplicates: ``"drop"``: rows of the table that equal the query (as float32) are none of its
             neighbours, and of rows that equal each other only the first is one: otherwise the
-            neighbour of a common caption is that caption. ``"keep"``: only ``exclude`` is left
-            out, as in the published code.
+            neighbour of a common caption is that caption. Rows that differ in a bit are not equal:
+            `sotalign_jax.evaluation.find_duplicates` finds those of almost equal direction.
+            ``"keep"``: only ``exclude`` is left out, as in the published code.
         block: rows of the table, and queries, that are compared at once: memory is that of the
             queries, of ``block`` rows, and of a ``block x block`` matrix or three.
 
@@ -241,6 +247,8 @@ def _excluded(exclude, q: int, n: int) -> np.ndarray:
     exclude = np.asarray(exclude)
     if exclude.shape != (q,):
         raise ValueError(f"exclude must have one entry a query, ({q},), got {exclude.shape}")
+    if not np.issubdtype(exclude.dtype, np.integer):
+        raise ValueError(f"exclude must be whole numbers, got {exclude.dtype}")
     outside = np.flatnonzero((exclude < -1) | (exclude >= n))
     if len(outside):
         raise ValueError(

@@ -6,6 +6,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
@@ -119,11 +120,16 @@ def pseudo_label_targets(
         max_iterations: for ``"ot"``: budget of a solve.
 
     Returns:
-        ``(u, n)`` float32, rows that sum to one, under ``stop_gradient``. NaN where no plan exists.
+        ``(u, n)`` float32, rows that sum to one, under ``stop_gradient``; three such matrices are
+        held. NaN where rows are NaN, and under ``jit`` where no plan exists.
 
     Raises:
         ValueError: if the dimensions differ, there are no rows, or an option is unknown or out of
-            range.
+            range; for ``"ot"`` outside of ``jit`` also where no plan exists.
+
+    Note:
+        All rows count, and all must be on one device. A plan that did not converge in its budget,
+        which takes scales of some hundreds, is used as it is.
 
     References:
         S. Mo et al., "S-CLIP: semi-supervised vision-language learning using few specialist
@@ -139,8 +145,9 @@ def pseudo_label_targets(
     affinity = jax.lax.stop_gradient(cosine_affinity(unpaired, paired))
     scale = jax.lax.stop_gradient(jnp.asarray(scale, jnp.float32))
     if labels == "hard":
-        best = jnp.argmax(affinity, axis=1)
-        return jax.nn.one_hot(best, affinity.shape[1], dtype=jnp.float32)
+        best = jax.nn.one_hot(jnp.argmax(affinity, axis=1), affinity.shape[1], dtype=jnp.float32)
+        # The largest of NaN is nothing, and must not look like a label.
+        return jnp.where(jnp.isnan(affinity).any(axis=1, keepdims=True), jnp.nan, best)
     if labels == "soft":
         return jax.nn.softmax(scale * affinity, axis=1)
     plan = solve(
@@ -162,5 +169,5 @@ def _check_dim(name: str, rows, other_name: str, other) -> None:
 
 
 def _check_scale(name: str, scale) -> None:
-    if isinstance(scale, int | float) and not scale > 0:
+    if scale is not None and not isinstance(scale, Tracer) and not float(scale) > 0:
         raise ValueError(f"{name} must be positive, got {scale}")

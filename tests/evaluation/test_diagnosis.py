@@ -214,3 +214,35 @@ def test_bad_input_is_named():
         diagnose(image, text, permutations=98)
     with pytest.raises(ValueError, match="max_rows=11: must be at least 12"):
         diagnose(image, text, max_rows=11)
+
+
+def test_zero_rows_beyond_those_looked_at_do_not_count():
+    rng = np.random.default_rng(0)
+    image, text = rng.normal(size=(2, 40, 6)).astype(np.float32)
+    unpaired = np.zeros((3000, 6), np.float32)
+    unpaired[:5] = rng.normal(size=(5, 6))
+    found = diagnose(image, text, unpaired_image=unpaired, max_rows=50)
+    assert not any(name.startswith("shift_image") for name in found["numbers"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"repeats": 0}, "repeats=0: must be at least 1"),
+        ({"n_projections": 0}, "n_projections=0: must be at least 1"),
+    ],
+)
+def test_bad_arguments_are_found_before_any_work(arguments, message):
+    rows = np.random.default_rng(0).normal(size=(20, 6)).astype(np.float32)
+    with pytest.raises(ValueError, match=message):
+        diagnose(rows, rows, **arguments)
+
+
+def test_near_doubles_are_told():
+    rng = np.random.default_rng(0)
+    image, text = rng.normal(size=(2, 100, 32))
+    twice = [
+        np.concatenate([rows, rows + 0.02 * rng.normal(size=rows.shape)]) for rows in (image, text)
+    ]
+    found = diagnose(*(rows.astype(np.float32) for rows in twice))
+    assert any("all but doubles" in finding.text for finding in found["findings"])

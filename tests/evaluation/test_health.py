@@ -28,7 +28,7 @@ def truth(rows, ks=(1, 10, 100)):
         "constant_columns": np.sum(np.ptp(rows, axis=0) == 0),
         "largest_column": np.square(unit).mean(axis=0).max(),
         "mean_cosine": cosines[~np.eye(n, dtype=bool)].mean(),
-        "rank": np.sum(values > values[0] * max(n, d) * np.finfo(np.float32).eps),
+        "rank": np.sum(values > values[0] * d * np.finfo(np.float32).eps),
         "effective_rank": np.exp(-np.sum(shares * np.log(shares))),
     }
     return expected | {f"variance_share@{k}": shares[:k].sum() for k in ks}
@@ -132,3 +132,11 @@ def test_bad_input_is_named():
     rows[3, 2] = np.inf
     with pytest.raises(ValueError, match="rows: row 3 holds NaN or infinity"):
         feature_health(rows)
+
+
+def test_rank_does_not_depend_on_how_many_rows_there_are():
+    rng = np.random.default_rng(0)
+    scales = np.r_[1.0, np.full(16, 0.02)]
+    for n in (500, 50_000):
+        rows = rng.normal(size=(n, 17)) * scales + 3
+        assert feature_health(rows.astype(np.float32))["rank"] == 17

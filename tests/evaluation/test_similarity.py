@@ -199,3 +199,15 @@ def test_bad_input_is_named():
         linear_cka(image[:3], text[:3])
     with pytest.raises(ValueError, match="text: all rows are equal"):
         linear_cka(image, np.ones_like(text))
+
+
+def test_ties_are_nothing_that_image_and_text_have_in_common():
+    rng = np.random.default_rng(0)
+    same = np.eye(200, dtype=np.float32)
+    bags = [np.zeros((400, 3000), np.float32) for _ in range(2)]
+    for bag in bags:
+        for row in bag:
+            row[rng.choice(3000, size=4, replace=False)] = 1
+    for image, text in ((same, same[rng.permutation(200)]), bags):
+        found = mutual_knn(image, text)
+        assert abs(found["z"]) < 3.5 and found["score"] < 3 * found["chance"]

@@ -246,3 +246,13 @@ class TestPseudoLabel:
         parts = draw(u=0)
         with pytest.raises(ValueError, match="unpaired must have at least one row"):
             pseudo_label(*parts)
+
+
+def test_nan_features_give_no_hard_label():
+    rng = np.random.default_rng(0)
+    unpaired, paired = (rng.normal(size=(n, 4)).astype(np.float32) for n in (5, 7))
+    unpaired[3, 1] = np.nan
+    targets = np.asarray(pseudo_label_targets(unpaired, paired, labels="hard"))
+    assert np.isnan(targets[3]).all() and np.isfinite(np.delete(targets, 3, axis=0)).all()
+    with pytest.raises(ValueError, match="scale must be positive, got 0"):
+        pseudo_label_targets(unpaired, paired, scale=np.float32(0))
