@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
@@ -15,6 +16,7 @@ __all__ = [
     "matmul",
     "standardized_rows",
     "unit_rows",
+    "unit_rows64",
     "varying_like",
     "varying_over",
 ]
@@ -52,6 +54,22 @@ def unit_rows(rows) -> Float[Array, "n d"]:
     square = jnp.sum(scaled * scaled, axis=-1, keepdims=True)
     inverse = jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1.0)), 0.0)
     return scaled * inverse
+
+
+def unit_rows64(rows: np.ndarray) -> np.ndarray:
+    """Rows scaled to unit length in float64 on the host; a row of zeros stays zero.
+
+    Args:
+        rows: ``(n, d)`` array of any floating dtype.
+
+    Returns:
+        ``(n, d)`` float64.
+    """
+    rows = rows.astype(np.float64, copy=False)
+    scale = np.abs(rows).max(axis=1, keepdims=True)
+    rows = rows / np.where(scale > 0, scale, 1.0)
+    norm = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.where(norm > 0, norm, 1.0)
 
 
 def standardized_rows(rows, columns: Columns | None) -> Float[Array, "n d"]:

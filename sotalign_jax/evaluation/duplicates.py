@@ -8,8 +8,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from sotalign_jax.evaluation.rows import checked_rows, checked_sides, unit_rows64
-from sotalign_jax.numerics import matmul, unit_rows
+from sotalign_jax.evaluation.rows import checked_rows, checked_sides
+from sotalign_jax.numerics import matmul, unit_rows, unit_rows64
 
 __all__ = ["Duplicates", "find_duplicates"]
 

@@ -7,7 +7,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from sotalign_jax.evaluation.rows import CHUNK, checked_rows, unit_rows64
+from sotalign_jax.evaluation.rows import CHUNK, checked_rows
+from sotalign_jax.numerics import unit_rows64
 
 __all__ = ["feature_health"]
 

@@ -2,9 +2,9 @@
 
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Float, Float64
+from jaxtyping import Float
 
-__all__ = ["checked_rows", "checked_sides", "drawn_rows", "unit_rows64"]
+__all__ = ["checked_rows", "checked_sides", "drawn_rows"]
 
 # Rows looked at together where a pass over all of them needs no more.
 CHUNK = 4096
@@ -76,12 +76,3 @@ def drawn_rows(rows: np.ndarray, count: int, rng: np.random.Generator) -> np.nda
     if len(rows) <= count:
         return rows
     return rows[np.sort(rng.choice(len(rows), count, replace=False))]
-
-
-def unit_rows64(rows: np.ndarray) -> Float64[np.ndarray, "n d"]:
-    """Rows scaled to unit length in float64 on the host; a row of zeros stays zero."""
-    rows = rows.astype(np.float64)
-    scale = np.abs(rows).max(axis=1, keepdims=True)
-    rows = rows / np.where(scale > 0, scale, 1.0)
-    norm = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / np.where(norm > 0, norm, 1.0)

@@ -6,7 +6,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from sotalign_jax.evaluation.rows import CHUNK, checked_sides, unit_rows64
+from sotalign_jax.evaluation.rows import CHUNK, checked_sides
+from sotalign_jax.numerics import unit_rows64
 
 __all__ = ["circular_wasserstein", "distribution_shift", "spherical_sliced_wasserstein"]
 

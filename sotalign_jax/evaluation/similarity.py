@@ -12,8 +12,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from sotalign_jax.evaluation.rows import checked_rows, unit_rows64
-from sotalign_jax.numerics import matmul, unit_rows
+from sotalign_jax.evaluation.rows import checked_rows
+from sotalign_jax.numerics import matmul, unit_rows, unit_rows64
 
 __all__ = ["linear_cka", "mutual_knn"]
 

@@ -12,8 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from sotalign_jax.numerics import Columns
-from sotalign_jax.teachers.moments import unit_rows64
+from sotalign_jax.numerics import Columns, unit_rows64
 
 __all__ = ["ColumnMoments", "column_moments_of", "columns_of", "merge_column_moments"]
 

@@ -12,9 +12,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from sotalign_jax.losses import info_nce, siglip
-from sotalign_jax.numerics import Columns, standardized_rows, unit_rows
+from sotalign_jax.numerics import Columns, standardized_rows, unit_rows, unit_rows64
 from sotalign_jax.teachers.linear import LinearTeacher
-from sotalign_jax.teachers.moments import checked_pairs, standardized_rows64, unit_rows64
+from sotalign_jax.teachers.moments import checked_pairs, standardized_rows64
 
 __all__ = ["contrastive"]
 

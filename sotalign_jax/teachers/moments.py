@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from sotalign_jax.numerics import Columns
+from sotalign_jax.numerics import Columns, unit_rows64
 
 __all__ = [
     "Moments",
@@ -222,14 +222,6 @@ def recentered(moments: Moments, image_mean: ArrayLike, text_mean: ArrayLike) ->
         moments.text_scatter + moments.count * np.outer(text_shift, text_shift),
         moments.cross_scatter + moments.count * np.outer(image_shift, text_shift),
     )
-
-
-def unit_rows64(rows: np.ndarray) -> np.ndarray:
-    """Rows scaled to unit length in float64 on the host; a row of zeros stays zero."""
-    scale = np.abs(rows).max(axis=1, keepdims=True)
-    rows = rows / np.where(scale > 0, scale, 1.0)
-    norm = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / np.where(norm > 0, norm, 1.0)
 
 
 def standardized_rows64(rows: np.ndarray, columns: Columns | None) -> np.ndarray:

@@ -13,9 +13,9 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from sotalign_jax.numerics import Columns, unit_rows
+from sotalign_jax.numerics import Columns, unit_rows, unit_rows64
 from sotalign_jax.teachers.linear import LinearTeacher, cca
-from sotalign_jax.teachers.moments import Moments, standardized_rows64, unit_rows64
+from sotalign_jax.teachers.moments import Moments, standardized_rows64
 from sotalign_jax.transport import Plan, StreamedAffinity, solve
 from sotalign_jax.transport.geometry import HIGHEST
 from sotalign_jax.transport.streamed import block_rows, over_blocks

@@ -12,6 +12,7 @@ import numpy as np
 from sotalign_jax import features
 from sotalign_jax.config import Config, ConfigError
 from sotalign_jax.features import FeatureTable, Pairs, Splits
+from sotalign_jax.numerics import unit_rows64
 from sotalign_jax.teachers import (
     ColumnMoments,
     Columns,
@@ -31,7 +32,6 @@ from sotalign_jax.teachers.moments import (
     empty_moments,
     merge_moments,
     standardized_rows64,
-    unit_rows64,
 )
 from sotalign_jax.training.distributed import broadcast, gather, together
 
