@@ -1,9 +1,12 @@
 """The schema of a run: every field there is, with a default, and what makes a value acceptable.
 
 ``configs/default.py`` says what each field means and what the paper uses; the two are held together
-by a test. An experiment starts from :func:`default_config` and assigns.
+by a test. Objectives and divergences that have options of their own have tables named after them,
+which their files in ``sotalign_jax/objectives`` describe. An experiment starts from
+:func:`default_config` and assigns.
 """
 
+import dataclasses
 import difflib
 import re
 import traceback
@@ -11,6 +14,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
+
+from sotalign_jax.objectives import DIVERGENCES, OBJECTIVES, option_tables
+from sotalign_jax.objectives.options import check_options
 
 __all__ = [
     "Config",
@@ -139,13 +145,17 @@ def default_config() -> Config:
     config.compare.methods = ml_collections.ConfigDict()
     config.compare.tune_seeds = ()
     config.compare.grids = ml_collections.ConfigDict()
+    for name, options in option_tables().items():
+        if name in config:
+            raise TypeError(f"{name}: a method with options needs a name that no field has")
+        config[name] = ml_collections.ConfigDict(dataclasses.asdict(options()))
     config.lock()
     return config
 
 
 # Fields that take one of a few names. Tables of names whose home is elsewhere are checked there.
 _CHOICES = {
-    "objective": ("sotalign", "sail", "sail_semi"),
+    "objective": tuple(OBJECTIVES),
     "data.name": ("emoji", "platonic", "files"),
     "data.resident": ("auto", "always", "never"),
     "data.files.on": ("auto", "ids", "rows"),
@@ -159,7 +169,7 @@ _CHOICES = {
     "model.init": ("random", "teacher"),
     "model.layer": ("linear", "mlp", "star"),
     "loss.normalization": ("mean", "rows"),
-    "loss.divergence": ("klot", "cka", "info_nce"),
+    "loss.divergence": tuple(DIVERGENCES),
     "loss.memory": ("auto", "dense", "streamed"),
     "loss.precision": ("float32", "bfloat16_3x"),
     "optimizer.name": ("lion", "adamw"),
@@ -326,6 +336,11 @@ def _check_values(config: Config) -> None:
                 f"'pairs', got {config.teacher.center!r}"
             )
     _check_extensions(config)
+    for name, options in option_tables().items():
+        try:
+            check_options(options, config[name].to_dict())
+        except ValueError as error:
+            raise ConfigError(f"config.{name}.{error}") from error
     for name in ("seeds", "tune_seeds"):
         seeds = config.compare[name]
         if not all(isinstance(s, int) and s >= 0 for s in seeds) or len(set(seeds)) < len(seeds):

@@ -17,11 +17,11 @@ from sotalign_jax.features import FeatureTable, Pairs, Splits
 from sotalign_jax.features.batches import Batch
 from sotalign_jax.losses import klot
 from sotalign_jax.numerics import Columns, MatmulPrecision
+from sotalign_jax.objectives.base import RowPotentials
 from sotalign_jax.teachers import LinearTeacher
 from sotalign_jax.training.data import fit_teacher, load_splits
 from sotalign_jax.training.devices import AXIS, padded
 from sotalign_jax.training.loop import Inputs, build, fits, raw_tables
-from sotalign_jax.training.objectives import RowPotentials
 from sotalign_jax.training.step import Setup, prepare, run_resident, run_streamed
 
 __all__ = [
@@ -148,7 +148,7 @@ def compile_programs(config: Config, inputs: Inputs) -> tuple[Setup, dict[str, A
     if not config.steps:
         raise ConfigError("config.steps: 0 trains nothing, and there is no step to compile")
     setup, state, rest = build(config, *inputs)
-    tables = raw_tables(inputs.splits, unpaired=setup.loss.unpaired)
+    tables = raw_tables(inputs.splits, unpaired=setup.loss.reads.unpaired)
     key = jax.eval_shape(lambda: jax.random.key(0))
     potentials = [
         leaf if leaf is None else jnp.zeros(padded(len(leaf), setup.mesh))
@@ -164,10 +164,10 @@ def compile_programs(config: Config, inputs: Inputs) -> tuple[Setup, dict[str, A
         if not image.whole:
             rows = jax.ShapeDtypeStruct((image.size,), jnp.int32)
             raw = raw._replace(image_rows=_shapes(rows, setup.mesh))
-        lowered = run_streamed.lower(setup, state, rest, teacher, raw)
+        lowered = run_streamed.lower(setup, state, rest, teacher, raw, key)
         return setup, {"step": lowered.compile()}
     raw = _rows(tables, [len(table) for table in tables[:4]], setup.mesh)
-    preparing = jax.jit(prepare, static_argnums=0)
+    preparing = jax.jit(prepare)
     arguments = (setup, state.params, rest, teacher, raw)
     spread = _shapes(preparing.eval_shape(*arguments), setup.mesh, PartitionSpec(AXIS))
     length = min(config.log_every, config.steps)

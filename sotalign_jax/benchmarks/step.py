@@ -78,7 +78,7 @@ def run(config: Config, *, repeats: int = 5) -> dict[str, Any]:
         raise ConfigError("config.steps: 0 trains nothing, and there is no step to measure")
     splits, teacher = load_inputs(config)
     setup, state, rest = build(config, splits, teacher)
-    tables = raw_tables(splits, unpaired=setup.loss.unpaired)
+    tables = raw_tables(splits, unpaired=setup.loss.reads.unpaired)
     if not fits(config, tables, teacher, setup.mesh):
         raise ConfigError(
             "config.data.resident: the step with all rows on the device is what is measured, and "
@@ -88,7 +88,7 @@ def run(config: Config, *, repeats: int = 5) -> dict[str, Any]:
     state = place_state(state, setup.mesh)
     rest, teacher, key = replicate((rest, teacher, key), setup.mesh)
     raw = Batch(*(place_table(table, setup.mesh) for table in tables))
-    tables = jax.jit(prepare, static_argnums=0)(setup, state.params, rest, teacher, raw)
+    tables = jax.jit(prepare)(setup, state.params, rest, teacher, raw)
     length = min(config.log_every, config.steps)
 
     start = time.perf_counter()

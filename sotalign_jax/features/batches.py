@@ -18,7 +18,18 @@ from jaxtyping import Array, Int
 
 from sotalign_jax.features.store import FeatureTable
 
-__all__ = ["Batch", "Stream", "advance", "batch_rows", "first_order", "stream_batches"]
+__all__ = [
+    "Batch",
+    "Stream",
+    "advance",
+    "batch_rows",
+    "first_order",
+    "step_key",
+    "stream_batches",
+]
+
+# Streams are numbered from 0; the random choices of a step have a number of their own.
+_STEP_NUMBER = 1_000
 
 
 class Batch(NamedTuple):
@@ -98,6 +109,11 @@ def batch_rows(stream: Stream, order: Array, step: Int[Array, ""] | int) -> Int[
         return jnp.arange(stream.rows)
     start = (step % stream.epoch_steps) * stream.size
     return jax.lax.dynamic_slice(order, (start,), (stream.size,))
+
+
+def step_key(key: Array, step: Int[Array, ""] | int) -> Array:
+    """The key of the random choices of a step: a function of the run's data key and the step."""
+    return jax.random.fold_in(jax.random.fold_in(key, _STEP_NUMBER), step)
 
 
 def stream_batches(

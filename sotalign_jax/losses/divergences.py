@@ -72,7 +72,7 @@ def info_nce_divergence(
     teacher_text: Float[ArrayLike, "m e"],
     *,
     epsilon: float | Float[ArrayLike, ""] = 0.05,
-    teacher_epsilon: float = 0.01,
+    teacher_epsilon: float | Float[ArrayLike, ""] = 0.01,
     symmetric: bool = True,
 ) -> Float[Array, ""]:
     r"""Divergence of row softmaxes: generalised InfoNCE with soft teacher targets.
@@ -90,7 +90,8 @@ def info_nce_divergence(
         teacher_image: ``(n, e)`` teacher embeddings of the same images; a constant, no gradient.
         teacher_text: ``(m, e)`` teacher embeddings of the same texts; a constant, no gradient.
         epsilon: temperature of the student's softmax, in units of cosine.
-        teacher_epsilon: temperature of the teacher's softmax, a static float; 0 for the arg-max.
+        teacher_epsilon: temperature of the teacher's softmax; 0, as a static float, for the
+            arg-max.
         symmetric: average over both directions; else images against texts only.
 
     Returns:
@@ -102,7 +103,7 @@ def info_nce_divergence(
     References:
         SOTAlign, arXiv 2602.23353, equation (10).
     """
-    if teacher_epsilon < 0:
+    if isinstance(teacher_epsilon, int | float) and teacher_epsilon < 0:
         raise ValueError(f"teacher_epsilon must not be negative, got {teacher_epsilon}")
     check_same_rows(image, text, teacher_image, teacher_text)
     logits = cosine_affinity(image, text) / jnp.asarray(epsilon, jnp.float32)
@@ -113,9 +114,9 @@ def info_nce_divergence(
     return value
 
 
-def _row_divergence(logits, teacher, teacher_epsilon: float):
+def _row_divergence(logits, teacher, teacher_epsilon):
     log_student = jax.nn.log_softmax(logits, axis=1)
-    if teacher_epsilon == 0:
+    if isinstance(teacher_epsilon, int | float) and teacher_epsilon == 0:
         target = jnp.argmax(teacher, axis=1)[:, None]
         return -jnp.mean(jnp.take_along_axis(log_student, target, axis=1))
     log_teacher = jax.nn.log_softmax(teacher / teacher_epsilon, axis=1)

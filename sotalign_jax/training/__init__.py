@@ -1,13 +1,10 @@
-"""Training: objectives by name, the step, the loop and what it leaves on disk."""
+"""Training: the step, the loop and what it leaves on disk."""
 
 from sotalign_jax.training.data import fit_teacher, load_splits, load_test_pairs
 from sotalign_jax.training.evaluate import embed_chunks, embed_rows, evaluate
 from sotalign_jax.training.loop import init_aligner, train
-from sotalign_jax.training.objectives import DIVERGENCES, OBJECTIVES
 
 __all__ = [
-    "DIVERGENCES",
-    "OBJECTIVES",
     "embed_chunks",
     "embed_rows",
     "evaluate",

@@ -21,6 +21,8 @@ from sotalign_jax.config import Config, ConfigError, validate
 from sotalign_jax.features import FeatureTable, Splits
 from sotalign_jax.features.batches import Batch, Stream, stream_batches
 from sotalign_jax.models import Aligner, LayerConfig
+from sotalign_jax.objectives import OBJECTIVES, loss_settings
+from sotalign_jax.objectives.base import Reads
 from sotalign_jax.teachers import LinearTeacher
 from sotalign_jax.training.checkpoints import Checkpoints
 from sotalign_jax.training.data import fit_teacher, load_splits
@@ -43,7 +45,6 @@ from sotalign_jax.training.distributed import (
 )
 from sotalign_jax.training.evaluate import evaluate
 from sotalign_jax.training.metrics import MetricWriter, ProgressBar, make_console, make_sinks
-from sotalign_jax.training.objectives import LossSettings
 from sotalign_jax.training.step import (
     OptimizerSettings,
     Setup,
@@ -145,17 +146,17 @@ def _train(
 
     # ---- model, optimiser, streams
     setup, state, rest = build(config, splits, teacher)
-    _check_splits(config, splits, setup.loss)
+    _check_splits(config, splits, setup.loss.reads)
     home.start(config)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     mesh = setup.mesh
     state = place_state(state, mesh)
     fixed, projector, key = replicate((rest, teacher, key), mesh)
-    tables = raw_tables(splits, unpaired=setup.loss.unpaired)
+    tables = raw_tables(splits, unpaired=setup.loss.reads.unpaired)
     resident = fits(config, tables, teacher, mesh)
     if resident:
         raw = Batch(*(place_table(table, mesh) for table in tables))
-        tables = jax.jit(prepare, static_argnums=0)(setup, state.params, fixed, projector, raw)
+        tables = jax.jit(prepare)(setup, state.params, fixed, projector, raw)
         del raw
 
     # ---- resume
@@ -216,7 +217,8 @@ def _train(
     if best is not None:
         selected, state = best, checkpoints.restore(state, best)
     aligner = _merge(setup, state.params, rest)
-    aligner.training_prior = setup.loss.prior(*(stream.size for stream in setup.streams))
+    prior = OBJECTIVES[config.objective].prior
+    aligner.training_prior = prior(setup.loss, *(stream.size for stream in setup.streams))
     teacher_aligner = Aligner.from_teacher(teacher)
     results: dict[str, Any] = {"selected_step": selected, "pairs": len(splits.pairs)}
     for name, held_out in (("val", splits.val), ("test", splits.test)):
@@ -236,12 +238,12 @@ def _train(
     return from_first(lambda: results)
 
 
-def _check_splits(config: Config, splits: Splits, loss: LossSettings) -> None:
+def _check_splits(config: Config, splits: Splits, reads: Reads) -> None:
     """Raises ConfigError where a run needs rows that its data does not have."""
     if config.select == "best" and splits.val is None:
         raise ConfigError("config.select: 'best' needs validation pairs, and the data has none")
     for table in (splits.unpaired_image, splits.unpaired_text):
-        if loss.unpaired and not len(table):
+        if reads.unpaired and not len(table):
             raise ConfigError(
                 f"config.objective: {config.objective!r} needs unpaired rows, but {table.name} has "
                 "none; give fewer pairs, more data, or objective 'sail'"
@@ -252,9 +254,9 @@ def build(config: Config, splits: Splits, teacher: LinearTeacher) -> tuple[Setup
     """The static setup of a run, its first state, and the variables that are not trained."""
     aligner = init_aligner(config, splits, teacher)
     graph, params, rest = nnx.split(aligner, nnx.Param, ...)
-    loss = LossSettings.from_config(config)
+    loss = loss_settings(config)
     unpaired = (splits.unpaired_image, splits.unpaired_text)
-    images, texts = (len(table) if loss.unpaired else 0 for table in unpaired)
+    images, texts = (len(table) if loss.reads.unpaired else 0 for table in unpaired)
     streams = (
         Stream.of(len(splits.pairs), config.batch.pairs, 0),
         Stream.of(images, config.batch.unpaired, 1),
@@ -354,7 +356,7 @@ def _dispatch_streamed(
     )
     for step, raw in enumerate(batches, start + 1):
         batch = place_batch(raw, sizes, setup.mesh)
-        state, metrics = run_streamed(setup, state, rest, teacher, batch)
+        state, metrics = run_streamed(setup, state, rest, teacher, batch, key)
         collected.append(metrics)
         if step % config.log_every == 0 or step == config.steps:
             yield state, step, jax.tree.map(lambda *leaves: np.stack(leaves), *collected)

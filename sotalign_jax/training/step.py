@@ -14,11 +14,19 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int
 
 from sotalign_jax.config import Config
-from sotalign_jax.features.batches import Batch, Stream, advance, batch_rows, first_order
+from sotalign_jax.features.batches import (
+    Batch,
+    Stream,
+    advance,
+    batch_rows,
+    first_order,
+    step_key,
+)
 from sotalign_jax.models import Aligner
+from sotalign_jax.objectives import OBJECTIVES
+from sotalign_jax.objectives.base import LossSettings, Metrics, Moment, RowPotentials
 from sotalign_jax.teachers import LinearTeacher
 from sotalign_jax.training.devices import AXIS, place_vector, put_rows, replicate, take_rows
-from sotalign_jax.training.objectives import OBJECTIVES, LossSettings, Metrics, RowPotentials
 
 __all__ = [
     "OptimizerSettings",
@@ -28,6 +36,7 @@ __all__ = [
     "place_state",
     "prepare",
     "run_resident",
+    "run_steps",
     "run_streamed",
 ]
 
@@ -36,9 +45,15 @@ __all__ = [
 Variables = Any
 
 
+_STATIC = {"static": True}
+
+
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class OptimizerSettings:
-    """The static part of the optimiser; field by field ``config.optimizer`` and ``config.steps``.
+    """``config.optimizer`` and ``config.steps``, field by field.
+
+    A pytree: learning rate and weight decay are its leaves, all else is static.
 
     Attributes:
         name: ``"lion"`` or ``"adamw"``.
@@ -51,13 +66,13 @@ class OptimizerSettings:
         steps: length of the schedule.
     """
 
-    name: str
-    learning_rate: float
-    weight_decay: float
-    b1: float
-    b2: float
-    warmup: float
-    steps: int
+    name: str = dataclasses.field(metadata=_STATIC)
+    learning_rate: Any
+    weight_decay: Any
+    b1: float = dataclasses.field(metadata=_STATIC)
+    b2: float = dataclasses.field(metadata=_STATIC)
+    warmup: float = dataclasses.field(metadata=_STATIC)
+    steps: int = dataclasses.field(metadata=_STATIC)
 
     @classmethod
     def from_config(cls, config: Config) -> OptimizerSettings:
@@ -84,9 +99,13 @@ class OptimizerSettings:
         return make(self.schedule(), b1=self.b1, b2=self.b2, weight_decay=self.weight_decay)
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """All that is static in a run, hashable: two runs with equal setups share compiled programs.
+    """What a run is, beside its rows and its parameters.
+
+    A pytree of a few numbers; two runs whose setups differ in no more share compiled programs, and
+    can be trained by one.
 
     Attributes:
         graph: structure of the aligner.
@@ -96,26 +115,29 @@ class Setup:
         mesh: over which rows are spread; None on one device.
     """
 
-    graph: nnx.GraphDef
+    graph: nnx.GraphDef = dataclasses.field(metadata=_STATIC)
     loss: LossSettings
     optimizer: OptimizerSettings
-    streams: tuple[Stream, Stream, Stream]
-    mesh: Mesh | None = None
+    streams: tuple[Stream, Stream, Stream] = dataclasses.field(metadata=_STATIC)
+    mesh: Mesh | None = dataclasses.field(default=None, metadata=_STATIC)
 
     def spread(self, function, *arguments):
-        """``function`` of a state and more on each device, which returns a state and metrics.
+        """``function`` of this setup, a state and more on each device: to a state and metrics.
 
         Args:
             function: on what one device has of its arguments.
             arguments: how each argument after the state lies on the mesh.
 
         Returns:
-            The function of whole arguments.
+            The function of a setup and whole arguments.
         """
         if self.mesh is None:
             return function
         return jax.shard_map(
-            function, mesh=self.mesh, in_specs=(_STATE, *arguments), out_specs=(_STATE, _SAME)
+            function,
+            mesh=self.mesh,
+            in_specs=(_SAME, _STATE, *arguments),
+            out_specs=(_STATE, _SAME),
         )
 
 
@@ -175,7 +197,7 @@ def prepare(
 ) -> Batch:
     """Raw rows as a step reads them: preprocessed for the aligner, projected by the teacher."""
     aligner: Aligner = nnx.merge(setup.graph, params, rest)
-    wanted = setup.loss.teacher
+    wanted = setup.loss.reads.teacher
     return Batch(
         aligner.preprocess_image(raw.pairs_image),
         aligner.preprocess_text(raw.pairs_text),
@@ -188,14 +210,15 @@ def prepare(
 
 
 def _step(
-    setup: Setup, state: TrainState, rest: Variables, batch: Batch
+    setup: Setup, state: TrainState, rest: Variables, batch: Batch, key: Array
 ) -> tuple[TrainState, Metrics]:
-    """One step on a prepared batch."""
+    """One step on a prepared batch, with the run's data key."""
     start = jax.tree.map(lambda kept: _recall(setup, kept, batch.image_rows), state.potentials)
+    moment = Moment(state.step, step_key(key, state.step), start)
 
     def loss_of(params):
         aligner = nnx.merge(setup.graph, params, rest)
-        return OBJECTIVES[setup.loss.objective](aligner, batch, setup.loss, start)
+        return OBJECTIVES[setup.loss.objective].loss(aligner, batch, setup.loss, moment)
 
     # Scopes name the parts of a step in profiles; see benchmarks/step.py.
     (loss, outcome), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
@@ -234,16 +257,14 @@ def _remember(setup: Setup, kept: Array, rows: Array | None, new: Array) -> Arra
     return kept.at[rows].set(new) if setup.mesh is None else put_rows(kept, rows, new)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("setup", "length"), donate_argnames=("state",), inline=False
-)
+@functools.partial(jax.jit, static_argnames=("length",), donate_argnames=("state",))
 def run_resident(
     setup: Setup, length: int, state: TrainState, rest: Variables, tables: Batch, key: Array
 ) -> tuple[TrainState, Metrics]:
     """``length`` steps in one dispatch, their batches drawn on device from prepared tables.
 
     Args:
-        setup: the static part of the run.
+        setup: of the run.
         length: steps of this dispatch.
         state: donated.
         rest: the aligner's variables that are not trained.
@@ -253,21 +274,21 @@ def run_resident(
     Returns:
         The state after ``length`` steps, and the metrics of each of them, stacked.
     """
-    steps = setup.spread(functools.partial(_steps, setup, length), _SAME, _ROWS, _SAME)
-    return steps(state, rest, tables, key)
+    steps = setup.spread(functools.partial(run_steps, length), _SAME, _ROWS, _SAME)
+    return steps(setup, state, rest, tables, key)
 
 
-def _steps(
-    setup: Setup, length: int, state: TrainState, rest: Variables, tables: Batch, key: Array
+def run_steps(
+    length: int, setup: Setup, state: TrainState, rest: Variables, tables: Batch, key: Array
 ) -> tuple[TrainState, Metrics]:
-    """`run_resident` on the rows that this device has of each table."""
+    """`run_resident` on the rows that this device has of each table, not compiled."""
     pairs, image, text = setup.streams
 
     def one(carry, _):
         state, orders = carry
         with jax.named_scope("draw"):
             orders, batch = draw(state.step, orders)
-        state, metrics = _step(setup, state, rest, batch)
+        state, metrics = _step(setup, state, rest, batch, key)
         return (state, orders), metrics
 
     def draw(step, orders):
@@ -302,13 +323,15 @@ def _steps(
     return state, metrics
 
 
-@functools.partial(jax.jit, static_argnames=("setup",), donate_argnames=("state",))
+@functools.partial(jax.jit, donate_argnames=("state",))
 def run_streamed(
-    setup: Setup, state: TrainState, rest: Variables, teacher: LinearTeacher, raw: Batch
+    setup: Setup, state: TrainState, rest: Variables, teacher: LinearTeacher, raw: Batch, key: Array
 ) -> tuple[TrainState, Metrics]:
     """One step on a batch of raw rows that came from the host."""
 
-    def step(state, rest, teacher, raw):
-        return _step(setup, state, rest, prepare(setup, state.params, rest, teacher, raw))
+    def step(setup, state, rest, teacher, raw, key):
+        batch = prepare(setup, state.params, rest, teacher, raw)
+        return _step(setup, state, rest, batch, key)
 
-    return setup.spread(step, _SAME, _SAME, _RAW)(state, rest, teacher, raw)
+    spread = setup.spread(step, _SAME, _SAME, _RAW, _SAME)
+    return spread(setup, state, rest, teacher, raw, key)

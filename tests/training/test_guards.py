@@ -1,14 +1,12 @@
 """What keeps a run from being wrong in silence: held-out ids, priors, locks, half-written files."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
 from sotalign_jax.config import ConfigError, default_config, validate
 from sotalign_jax.features import write_store
+from sotalign_jax.objectives import OBJECTIVES, loss_settings
 from sotalign_jax.training.data import load_splits
-from sotalign_jax.training.objectives import LossSettings
 from sotalign_jax.training.workdir import Workdir
 
 
@@ -52,13 +50,12 @@ def test_the_prior_is_the_share_of_true_pairs(objective, normalization, expected
     config = default_config()
     config.objective = objective
     config.loss.normalization = normalization
-    settings = LossSettings.from_config(config)
-    assert settings.prior(50, 30, 20) == pytest.approx(expected)
+    prior = OBJECTIVES[objective].prior(loss_settings(validate(config)), 50, 30, 20)
+    assert prior == pytest.approx(expected)
 
 
 def test_one_pair_has_no_prior():
-    settings = dataclasses.replace(LossSettings.from_config(default_config()), objective="sail")
-    assert settings.prior(1, 0, 0) is None
+    assert OBJECTIVES["sail"].prior(loss_settings(default_config()), 1, 0, 0) is None
 
 
 def test_one_process_at_a_time(tmp_path):

@@ -8,6 +8,7 @@ from tiny_runs import assert_same_parameters, from_teacher, records, tiny
 
 from sotalign_jax.config import ConfigError, validate
 from sotalign_jax.features import FeatureTable
+from sotalign_jax.objectives.base import RowPotentials
 from sotalign_jax.training import train
 from sotalign_jax.training.checkpoints import Checkpoints
 from sotalign_jax.training.devices import (
@@ -21,7 +22,6 @@ from sotalign_jax.training.devices import (
     share,
     take_rows,
 )
-from sotalign_jax.training.objectives import RowPotentials
 from sotalign_jax.training.step import TrainState
 
 # AdamW: Lion moves by the sign of a gradient, which hides small differences and blows up others.

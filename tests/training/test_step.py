@@ -293,7 +293,7 @@ def test_solves_start_from_a_share_of_what_was_kept(streamed):
     if streamed:
         state = run.state()
         for raw in stream_batches(run.tables, run.setup.streams, run.key, 0, 6):
-            state, _ = run_streamed(run.setup, state, run.rest, run.teacher, raw)
+            state, _ = run_streamed(run.setup, state, run.rest, run.teacher, raw, run.key)
     else:
         state, _ = run.resident(6)
     loss = run.config.loss
@@ -404,7 +404,7 @@ def test_resident_and_streamed_rows_train_alike():
     resident, metrics = run.resident(10)
     state, losses = run.state(), []
     for raw in stream_batches(run.tables, run.setup.streams, run.key, 0, 10):
-        state, one = run_streamed(run.setup, state, run.rest, run.teacher, raw)
+        state, one = run_streamed(run.setup, state, run.rest, run.teacher, raw, run.key)
         losses.append(float(one["train/loss"]))
     np.testing.assert_allclose(losses, metrics["train/loss"], rtol=1e-5)
     assert_close_states(resident, state)
@@ -415,7 +415,7 @@ def test_streamed_rows_are_standardised_as_resident_ones():
     _, metrics = run.resident(5)
     state, losses = run.state(), []
     for raw in stream_batches(run.tables, run.setup.streams, run.key, 0, 5):
-        state, one = run_streamed(run.setup, state, run.rest, run.teacher, raw)
+        state, one = run_streamed(run.setup, state, run.rest, run.teacher, raw, run.key)
         losses.append(float(one["train/loss"]))
     # At a rate at which the sign of a gradient that is all but zero does not matter.
     np.testing.assert_allclose(losses, metrics["train/loss"], rtol=1e-5)
@@ -483,12 +483,12 @@ def test_equal_setups_share_one_program(monkeypatch):
     traced = []
     step = step_module._step
     monkeypatch.setattr(step_module, "_step", lambda *a: (traced.append(1), step(*a))[1])
-    # A learning rate of its own, so that no other test has compiled this program.
-    for seed in (0, 1):
-        run = Run(tiny(seed=seed, objective="sail", optimizer__learning_rate=1.25e-3))
-        run.resident(2, 2)
+    # A width of its own, so that no other test has compiled this program.
+    for seed, rate, alpha in ((0, 1e-3, 0.01), (1, 1e-3, 0.01), (0, 1.5e-3, 0.1)):
+        fields = {"optimizer__learning_rate": rate, "loss__alpha": alpha}
+        Run(tiny(seed=seed, model__dim=9, **fields)).resident(2, 2)
     assert len(traced) == 1
-    Run(tiny(objective="sail", optimizer__learning_rate=1.5e-3)).resident(2)
+    Run(tiny(model__dim=9, optimizer__b1=0.8)).resident(2)
     assert len(traced) == 2
 
 
@@ -510,6 +510,7 @@ def test_the_state_that_went_in_is_given_away():
                 ),
                 image_rows=jnp.arange(run.setup.streams[1].size),
             ),
+            run.key,
         ),
     ):
         state = run.state()

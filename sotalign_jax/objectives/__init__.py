@@ -1,0 +1,49 @@
+"""What a step minimises: a loss of an aligner on a batch, by the name a configuration gives it.
+
+A further objective is a file here and a line below; docs/objectives.md walks through one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sotalign_jax.objectives.base import Divergence, LossSettings, Objective
+from sotalign_jax.objectives.divergences import DIVERGENCES
+from sotalign_jax.objectives.options import check_options
+from sotalign_jax.objectives.sail import SAIL
+from sotalign_jax.objectives.sail_semi import SAIL_SEMI
+from sotalign_jax.objectives.sotalign import SOTALIGN
+
+__all__ = ["DIVERGENCES", "OBJECTIVES", "loss_settings", "option_tables"]
+
+OBJECTIVES: dict[str, Objective] = {
+    "sotalign": SOTALIGN,
+    "sail": SAIL,
+    "sail_semi": SAIL_SEMI,
+}
+
+
+def option_tables() -> dict[str, type]:
+    """The classes of the options of objectives and divergences, by the name of their table."""
+    methods: dict[str, Objective | Divergence] = OBJECTIVES | DIVERGENCES
+    return {name: m.options for name, m in methods.items() if m.options is not None}
+
+
+def loss_settings(config: Any) -> LossSettings:
+    """The settings of a validated configuration."""
+
+    def options(name: str, method: Objective | Divergence) -> Any:
+        return None if method.options is None else check_options(method.options, config[name])
+
+    objective, divergence = OBJECTIVES[config.objective], DIVERGENCES[config.loss.divergence]
+    loss = config.loss.to_dict()
+    # An arg-max in place of a softmax is another program.
+    loss["teacher_epsilon"] = loss["teacher_epsilon"] or None
+    return LossSettings(
+        **loss,
+        objective=config.objective,
+        options=options(config.objective, objective),
+        divergence_options=options(config.loss.divergence, divergence),
+        reads=objective.reads(config),
+        potentials=divergence.potentials,
+    )
