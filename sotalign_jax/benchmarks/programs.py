@@ -19,9 +19,9 @@ from sotalign_jax.losses import klot
 from sotalign_jax.numerics import Columns, MatmulPrecision
 from sotalign_jax.objectives.base import RowPotentials
 from sotalign_jax.teachers import LinearTeacher
+from sotalign_jax.training.build import Inputs, build, fits, raw_tables
 from sotalign_jax.training.data import fit_teacher, load_splits
 from sotalign_jax.training.devices import AXIS, padded
-from sotalign_jax.training.loop import Inputs, build, fits, raw_tables
 from sotalign_jax.training.step import Setup, prepare, run_resident, run_streamed
 
 __all__ = [

@@ -34,8 +34,8 @@ from sotalign_jax.benchmarks.programs import memory_of, read_config
 from sotalign_jax.config import Config, ConfigError
 from sotalign_jax.features.batches import Batch
 from sotalign_jax.files import replace_text
+from sotalign_jax.training.build import build, fits, load_inputs, raw_tables
 from sotalign_jax.training.devices import place_table, replicate
-from sotalign_jax.training.loop import build, fits, load_inputs, raw_tables
 from sotalign_jax.training.step import place_state, prepare, run_resident
 
 __all__ = ["main", "part_of", "run", "self_times"]
@@ -94,17 +94,17 @@ def run(config: Config, *, repeats: int = 5) -> dict[str, Any]:
     start = time.perf_counter()
     program: Any = run_resident.lower(setup, length, state, rest, tables, key).compile()
     compile_seconds = time.perf_counter() - start
-    state, _ = jax.block_until_ready(program(state, rest, tables, key))
+    state, _ = jax.block_until_ready(program(setup, state, rest, tables, key))
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     seconds, metrics = [], []
     for _ in range(repeats):
         start = time.perf_counter()
-        state, found = jax.block_until_ready(program(state, rest, tables, key))
+        state, found = jax.block_until_ready(program(setup, state, rest, tables, key))
         seconds.append(time.perf_counter() - start)
         metrics.append(found)
 
     def dispatch() -> None:
-        jax.block_until_ready(program(state, rest, tables, key))
+        jax.block_until_ready(program(setup, state, rest, tables, key))
 
     ops = _profile(dispatch, "jit_run_resident")
     scopes = op_names(program.as_text())

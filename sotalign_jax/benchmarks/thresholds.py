@@ -30,7 +30,8 @@ from rich.table import Table
 from sotalign_jax.benchmarks.programs import read_config, whole_numbers
 from sotalign_jax.config import Config, ConfigError, validate
 from sotalign_jax.files import replace_text
-from sotalign_jax.training.loop import load_inputs, train
+from sotalign_jax.training.build import load_inputs
+from sotalign_jax.training.loop import train
 from sotalign_jax.training.workdir import Workdir
 
 __all__ = ["STARTS", "main", "run"]

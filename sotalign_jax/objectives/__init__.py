@@ -9,12 +9,12 @@ from typing import Any
 
 from sotalign_jax.objectives.base import Divergence, LossSettings, Objective
 from sotalign_jax.objectives.divergences import DIVERGENCES
-from sotalign_jax.objectives.options import check_options
+from sotalign_jax.objectives.options import check_options, traced_names
 from sotalign_jax.objectives.sail import SAIL
 from sotalign_jax.objectives.sail_semi import SAIL_SEMI
 from sotalign_jax.objectives.sotalign import SOTALIGN
 
-__all__ = ["DIVERGENCES", "OBJECTIVES", "loss_settings", "option_tables"]
+__all__ = ["DIVERGENCES", "OBJECTIVES", "loss_settings", "option_tables", "traced_fields"]
 
 OBJECTIVES: dict[str, Objective] = {
     "sotalign": SOTALIGN,
@@ -27,6 +27,13 @@ def option_tables() -> dict[str, type]:
     """The classes of the options of objectives and divergences, by the name of their table."""
     methods: dict[str, Objective | Divergence] = OBJECTIVES | DIVERGENCES
     return {name: m.options for name, m in methods.items() if m.options is not None}
+
+
+def traced_fields() -> set[str]:
+    """The fields of those tables that are arguments of a compiled step, as ``table.field``."""
+    return {
+        f"{table}.{name}" for table, cls in option_tables().items() for name in traced_names(cls)
+    }
 
 
 def loss_settings(config: Any) -> LossSettings:

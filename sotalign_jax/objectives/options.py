@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import jax
 
-__all__ = ["check_options", "options", "traced"]
+__all__ = ["check_options", "options", "traced", "traced_names"]
 
 _TRACED = {"traced": True}
 
@@ -38,10 +38,14 @@ def options(cls: T) -> T:
     that begins with the name of the field.
     """
     cls = dataclasses.dataclass(frozen=True)(cls)
-    fields = dataclasses.fields(cls)
-    leaves = [f.name for f in fields if f.metadata.get("traced")]
-    static = [f.name for f in fields if not f.metadata.get("traced")]
+    leaves = traced_names(cls)
+    static = [field.name for field in dataclasses.fields(cls) if field.name not in leaves]
     return jax.tree_util.register_dataclass(cls, data_fields=leaves, meta_fields=static)
+
+
+def traced_names(cls: type) -> list[str]:
+    """The :func:`traced` fields of a class of :func:`options`."""
+    return [field.name for field in dataclasses.fields(cls) if field.metadata.get("traced")]
 
 
 def check_options(cls: type, values: dict[str, Any]) -> Any:

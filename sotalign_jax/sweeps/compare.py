@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import os
 from collections.abc import Iterator, Mapping
@@ -17,8 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from sotalign_jax.config import Config, ConfigError, flatten, validate
+from sotalign_jax.training.build import InputCache
 from sotalign_jax.training.distributed import PreemptionWatch, from_first, together
-from sotalign_jax.training.loop import Inputs, load_inputs, train
+from sotalign_jax.training.loop import train
 from sotalign_jax.training.metrics import make_console
 from sotalign_jax.training.workdir import Workdir, write_json
 
@@ -77,7 +77,7 @@ def compare(config, workdir: str | os.PathLike, *, console: Console | None = Non
 def _compare(config, home: Workdir, methods, console: Console, watch: PreemptionWatch) -> Results:
     # Input is checked by reading it, before the directory is taken for this configuration.
     first = _with(config, next(iter(methods.values())), config.compare.seeds[0])
-    inputs = _InputCache(test=True)
+    inputs = InputCache(test=True)
     if not from_first(lambda: home.started):
         inputs.get(validate(first))
     home.start(config)
@@ -96,7 +96,7 @@ def _compare(config, home: Workdir, methods, console: Console, watch: Preemption
             if config.compare.teacher and "teacher" not in fields and "data" not in fields:
                 results[config.compare.teacher][str(seed)] = outcome["teacher_test"]
             _report_run(console, name, seed, outcome)
-        inputs = _InputCache(test=True)
+        inputs = InputCache(test=True)
     results = _ascending(results, config.select_metric)
     _write({home.results: results, home.path / "summary.json": _summary(results)})
     console.print(_table(results, config.data.n_pairs))
@@ -120,23 +120,6 @@ def _write(files: Mapping[Path, Any]) -> None:
     together(write)
 
 
-class _InputCache:
-    """Data and teacher of a seed, which most methods share; for tuning, without the test pairs."""
-
-    def __init__(self, *, test: bool):
-        self._test = test
-        self._inputs: dict[str, Inputs] = {}
-
-    def get(self, config) -> Inputs:
-        key = config.data.to_json() + config.teacher.to_json() + str(config.seed)
-        if key not in self._inputs:
-            inputs = load_inputs(config)
-            if not self._test:
-                inputs = inputs._replace(splits=dataclasses.replace(inputs.splits, test=None))
-            self._inputs[key] = inputs
-        return self._inputs[key]
-
-
 def _with(config: Config, fields: Mapping[str, Any], seed: int) -> Config:
     """The configuration of one run: a method's fields put in, and no comparison within it."""
     run: Config = ConfigDict(config).copy_and_resolve_references()
@@ -151,7 +134,7 @@ def _with(config: Config, fields: Mapping[str, Any], seed: int) -> Config:
 
 
 def _run(
-    config, fields, seed: int, path: Path, inputs: _InputCache, watch: PreemptionWatch
+    config, fields, seed: int, path: Path, inputs: InputCache, watch: PreemptionWatch
 ) -> dict[str, Any]:
     run = validate(_with(config, fields, seed))
     if from_first(lambda: (path / "results.json").exists()):
@@ -172,7 +155,7 @@ def _tune(
         table = Table("point")
         table.add_column("mean", justify="right")
         scored = []
-        inputs = {seed: _InputCache(test=False) for seed in config.compare.tune_seeds}
+        inputs = {seed: InputCache(test=False) for seed in config.compare.tune_seeds}
         for number, point in enumerate(_points(config.compare.grids[name])):
             candidate = _merged(fields, point)
             values = []

@@ -85,19 +85,23 @@ class Workdir:
         """Whether a run was started here before."""
         return (self.path / "config.json").exists()
 
-    def start(self, config) -> None:
+    def start(self, config, **more: Any) -> None:
         """Record the configuration, and what runs it beside the starts before this one.
 
         Process 0 of several writes, and the others wait for it.
-        """
-        together(lambda: self._record(config))
 
-    def _record(self, config) -> None:
+        Args:
+            config: of the run.
+            more: further things to say of this start.
+        """
+        together(lambda: self._record(config, more))
+
+    def _record(self, config, more: dict[str, Any]) -> None:
         if jax.process_index() != 0:
             return
         write_json(self.path / "config.json", json.loads(config.to_json()))
         with open(self.path / "provenance.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(provenance(config.seed)) + "\n")
+            file.write(json.dumps(provenance(config.seed) | more) + "\n")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

@@ -20,7 +20,7 @@ from rich.console import Console
 from tiny_runs import CONFIG_FILE, assert_same_outcome, records, results, tiny
 
 from sotalign_jax import commands, sweeps, training
-from sotalign_jax.training import distributed, loop
+from sotalign_jax.training import distributed, loop, record
 from sotalign_jax.training.distributed import Preempted, PreemptionWatch, Start, start
 from sotalign_jax.training.metrics import MetricWriter
 
@@ -431,7 +431,7 @@ def train_twice(tmp_path, patch, **variables):
         sys.argv = ["sotalign", "train", "--config={CONFIG_FILE}", "--workdir={tmp_path / "run"}",
                     "--config.objective=sail", "--config.mesh.devices=0", "--config.steps=3000"]
         from sotalign_jax.main import run
-        from sotalign_jax.training import loop
+        from sotalign_jax.training import loop, record
         me = os.environ["SOTALIGN_PROCESS_ID"]
     """
     program = textwrap.dedent(program) + textwrap.dedent(patch) + "\nrun()\n"
@@ -442,12 +442,12 @@ def train_twice(tmp_path, patch, **variables):
 @pytest.mark.parametrize("who", ["0", "1"])
 def test_an_error_of_one_in_training_ends_both(who, tmp_path):
     patch = f"""
-    means = loop._checked_means
+    means = record.checked_means
     def failing(metrics, step):
         if me == "{who}" and step == 30:
             raise FloatingPointError("planted")
         return means(metrics, step)
-    loop._checked_means = failing
+    record.checked_means = failing
     """
     ends = train_twice(tmp_path, patch)
     failed, other = ends[int(who)], ends[1 - int(who)]
@@ -621,14 +621,14 @@ def test_a_run_stopped_by_sigterm_ends_as_an_uninterrupted_one(fields, tmp_path,
 
 def test_a_checkpoint_that_was_not_due_is_never_selected(tmp_path, monkeypatch):
     # Validated at every dispatch, and best where no checkpoint is due.
-    real, scores = loop.evaluate, {10: 0.9, 20: 0.3, 30: 0.8, 40: 0.2}
+    real, scores = record.evaluate, {10: 0.9, 20: 0.3, 30: 0.8, 40: 0.2}
     steps = iter((10, 20, 30, 40, 40, 40))
 
     def evaluate(aligner, pairs):
         found = real(aligner, pairs)
         return found | {"mean_recall@1": scores[next(steps)]} if len(pairs) == 40 else found
 
-    monkeypatch.setattr(loop, "evaluate", evaluate)
+    monkeypatch.setattr(record, "evaluate", evaluate)
     config = tiny(objective="sail", select="best", checkpoint_every=20, eval_every=10)
     for step in (10, 30):
         stop_at(monkeypatch, step, lambda: quietly(config, tmp_path))
@@ -638,14 +638,14 @@ def test_a_checkpoint_that_was_not_due_is_never_selected(tmp_path, monkeypatch):
 
 
 def test_sigterm_in_the_last_dispatch_lets_the_run_end(tmp_path, monkeypatch):
-    save = loop.Checkpoints.save
+    save = record.Checkpoints.save
 
     def saving(self, state, value=None):
         if int(state.step) == 40:
             os.kill(os.getpid(), signal.SIGTERM)
         save(self, state, value)
 
-    monkeypatch.setattr(loop.Checkpoints, "save", saving)
+    monkeypatch.setattr(record.Checkpoints, "save", saving)
     assert quietly(tiny(objective="sail"), tmp_path)["selected_step"] == 40
     assert (tmp_path / "results.json").exists()
 

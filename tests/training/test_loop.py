@@ -17,7 +17,7 @@ from sotalign_jax.config import ConfigError, validate
 from sotalign_jax.evaluation import retrieval_metrics
 from sotalign_jax.features import platonic_world
 from sotalign_jax.models import Aligner
-from sotalign_jax.training import loop
+from sotalign_jax.training import build, loop, record
 from sotalign_jax.training.checkpoints import Checkpoints
 from sotalign_jax.training.metrics import MetricWriter
 
@@ -249,13 +249,13 @@ def test_metrics_writer_drops_what_will_be_done_again_and_what_was_cut_off(tmp_p
 
 def planted(monkeypatch, scores):
     """Validation that returns these scores, one a checkpoint, and the real ones afterwards."""
-    real, left = loop.evaluate, list(scores)
+    real, left = record.evaluate, list(scores)
 
     def evaluate(aligner, pairs):
         found = real(aligner, pairs)
         return found | {"mean_recall@1": left.pop(0)} if left else found
 
-    monkeypatch.setattr(loop, "evaluate", evaluate)
+    monkeypatch.setattr(record, "evaluate", evaluate)
 
 
 @pytest.mark.parametrize(
@@ -334,15 +334,15 @@ def test_rows_are_resident_where_what_one_device_holds_fits(devices):
     """By hand: raw and prepared rows, and the teacher's eight columns of the unpaired ones."""
     config = validate(tiny(data__n_unpaired=250, mesh__devices=devices))
     splits, teacher = loop.load_inputs(config)
-    setup, _, _ = loop.build(config, splits, teacher)
-    tables = loop.raw_tables(splits, unpaired=True)
+    setup, _, _ = build.build(config, splits, teacher)
+    tables = build.raw_tables(splits, unpaired=True)
     pairs, unpaired = {1: (64, 250), 3: (22, 84), 8: (8, 32)}[devices]
     needed = 4 * (pairs * 2 * (256 + 192) + unpaired * (2 * (256 + 192) + 2 * 8)) / 2**30
     for gib, expected in ((needed, True), (needed * 0.999, False)):
         config.data.resident_gib = gib
-        assert loop.fits(config, tables, teacher, setup.mesh) is expected
+        assert build.fits(config, tables, teacher, setup.mesh) is expected
     config.data.resident = "always"
-    assert loop.fits(config, tables, teacher, setup.mesh)
+    assert build.fits(config, tables, teacher, setup.mesh)
 
 
 # ---- sinks

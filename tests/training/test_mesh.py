@@ -80,9 +80,9 @@ def test_a_run_goes_on_with_another_number_of_devices(tmp_path):
 
 def run_until_nan(path, devices, fields):
     """A run that breaks off in its last dispatch, after the checkpoint of step 8."""
-    from sotalign_jax.training import loop
+    from sotalign_jax.training import record
 
-    whole = loop._checked_means
+    whole = record.checked_means
 
     def breaking(metrics, step):
         if step == 12:
@@ -90,7 +90,7 @@ def run_until_nan(path, devices, fields):
         return whole(metrics, step)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_checked_means", breaking)
+        patch.setattr(record, "checked_means", breaking)
         run(path, devices, **fields)
 
 

@@ -13,7 +13,7 @@ from tiny_runs import from_teacher, tiny
 from sotalign_jax.config import validate
 from sotalign_jax.features.batches import Batch, batch_rows, first_order, stream_batches
 from sotalign_jax.training import step as step_module
-from sotalign_jax.training.loop import build, load_inputs
+from sotalign_jax.training.build import build, load_inputs
 from sotalign_jax.training.step import OptimizerSettings, prepare, run_resident, run_streamed
 
 SIDES = ("image", "text")
