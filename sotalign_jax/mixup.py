@@ -6,6 +6,8 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key
 
@@ -17,7 +19,7 @@ def fusemix(
     image: Float[ArrayLike, "n d"],
     text: Float[ArrayLike, "n e"],
     *,
-    alpha: float = 1.0,
+    alpha: float | Float[ArrayLike, ""] = 1.0,
     partners: Literal["halves", "roll"] = "halves",
     per_row: bool = False,
 ) -> tuple[Float[Array, "k d"], Float[Array, "k e"]]:
@@ -33,7 +35,8 @@ def fusemix(
         key: of the mixing proportions; a new one each step.
         image: ``(n, d)`` image features, any floating dtype.
         text: ``(n, e)`` text features; text ``i`` belongs to image ``i``.
-        alpha: of the Beta distribution; 1 is uniform, towards 0 pairs are hardly mixed.
+        alpha: of the Beta distribution; 1 is uniform, towards 0 pairs are hardly mixed. Traced
+            values are not checked.
         partners: ``"halves"``: pair ``i`` of the first half with pair ``i`` of the second, so that
             ``k = n / 2`` mixtures come out, as in FuseMix; ``"roll"``: with the pair half a batch
             further on, cyclically, ``k = n``, as in STRUCTURE's version.
@@ -56,7 +59,7 @@ def fusemix(
         )
     if n < 2:
         raise ValueError(f"image and text must have at least 2 rows to mix, got {n}")
-    if not 0 < alpha < float("inf"):
+    if not isinstance(alpha, Tracer) and not 0 < np.asarray(alpha) < np.inf:
         raise ValueError(f"alpha must be positive and finite, got {alpha}")
     if partners not in ("halves", "roll"):
         raise ValueError(f"partners must be 'halves' or 'roll', got {partners!r}")

@@ -1,7 +1,7 @@
 """Pure losses: arrays in, a scalar out; at home under ``jit``, ``grad`` and ``vmap``."""
 
 from sotalign_jax.losses.affinity import cosine_affinity
-from sotalign_jax.losses.contrastive import info_nce, siglip
+from sotalign_jax.losses.contrastive import info_nce, one_sided_info_nce, siglip
 from sotalign_jax.losses.divergences import cka, info_nce_divergence
 from sotalign_jax.losses.klot import KLOTInfo, klot, klot_from_affinity
 from sotalign_jax.losses.neighbours import (
@@ -25,6 +25,7 @@ __all__ = [
     "klot_from_affinity",
     "nearest_neighbours",
     "neighbour_siglip",
+    "one_sided_info_nce",
     "pseudo_label",
     "pseudo_label_targets",
     "siglip",

@@ -7,9 +7,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from sotalign_jax.numerics import unit_rows
+from sotalign_jax.transport.geometry import AxisName
 from sotalign_jax.transport.streamed import over_blocks
 
 __all__ = ["structure"]
@@ -32,6 +33,7 @@ def structure(
     divergence: Literal["js", "reverse"] = "js",
     eps: float = 1e-8,
     block: int | None = None,
+    axis_name: AxisName | None = None,
 ) -> Float[Array, ""]:
     r"""Divergence between the similarities within a modality before and after its layer.
 
@@ -43,9 +45,9 @@ def structure(
 
     for ``P`` of the embeddings and ``Q`` of the features; the diagonal counts. One call is one
     modality: add those of images and texts (as in the paper), or average them (as in its code).
-    Unpaired rows take part by standing among the rows; all rows count, and all must be on one
-    device. The method adds it, with a weight that may rise over the first steps, to InfoNCE at the
-    same fixed temperature, without a learned scale.
+    Unpaired rows take part by standing among the rows; all rows count. The method adds it, with a
+    weight that may rise over the first steps, to InfoNCE at the same fixed temperature, without a
+    learned scale.
 
     Args:
         embeddings: ``(n, d)`` what the layer makes of the rows, any floating dtype.
@@ -62,6 +64,9 @@ def structure(
         eps: of ``"reverse"``: 1e-8 and 1e-12 were both published.
         block: rows of the similarities that are held at once, forward and backward; all by
             default. For one level only.
+        axis_name: inside ``shard_map``, the mesh axes over which the comparison is spread: rows are
+            whole on every device, each compares its share of them with all, and the value is the
+            same on all.
 
     Returns:
         Float32 scalar, in nats, not negative; 0 when similarities agree.
@@ -79,6 +84,13 @@ def structure(
     def distances(p, q):
         return _jensen_shannon(p, q) if divergence == "js" else _reverse(p, q, eps)
 
+    mine, counts = _share(ours.shape[0], axis_name)
+    here = (ours[mine], frozen[mine])
+
+    def mean(values):
+        total = jnp.sum(jnp.where(counts, values, 0.0))
+        return (total if axis_name is None else jax.lax.psum(total, axis_name)) / ours.shape[0]
+
     if levels == 1:
 
         def rows_of(carry, rows):
@@ -88,17 +100,27 @@ def structure(
 
         # Formed again for the gradient, or all of them would wait for it.
         rows_of = jax.checkpoint(rows_of)
-        _, values = over_blocks(rows_of, (), (ours, frozen), block or ours.shape[0])
-        return jax.nn.relu(jnp.mean(values) - margin)
+        _, values = over_blocks(rows_of, (), here, block or len(mine))
+        return jax.nn.relu(mean(values) - margin)
 
     p, q = (_similarities(rows, rows, temperature) for rows in (ours, frozen))
-    total, p_power, q_power = jnp.asarray(0.0, jnp.float32), p, q
+    p_power, q_power = p[mine], q[mine]
+    total = jnp.asarray(0.0, jnp.float32)
     for level in range(1, levels + 1):
         if level > 1:
             p_power, q_power = _product(p_power, p), _product(q_power, q)
         weight = 1.0 if weighting == "none" else 1.0 / level
-        total += weight * jax.nn.relu(jnp.mean(distances(p_power, q_power)) - margin)
+        total += weight * jax.nn.relu(mean(distances(p_power, q_power)) - margin)
     return total / levels
+
+
+def _share(n: int, axis_name: AxisName | None) -> tuple[Int[Array, " k"], Bool[Array, " k"]]:
+    """Which of ``n`` rows this device works on, and which of these are rows, not repetitions."""
+    if axis_name is None:
+        return jnp.arange(n), jnp.ones(n, bool)
+    each = -(-n // jax.lax.axis_size(axis_name))
+    mine = jax.lax.axis_index(axis_name) * each + jnp.arange(each, dtype=jnp.int32)
+    return jnp.minimum(mine, n - 1), mine < n
 
 
 def _check(embeddings, features, temperature, levels, weighting, margin, divergence, eps, block):

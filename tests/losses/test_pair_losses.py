@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from sotalign_jax.losses import info_nce, siglip
+from sotalign_jax.losses import info_nce, one_sided_info_nce, siglip
 from sotalign_jax.losses.affinity import check_same_rows, cosine_affinity
 
 
@@ -36,6 +36,11 @@ def info_nce_in_numpy(image, text, scale):
     own = np.diagonal(logits)
     rows, columns = (np.mean(reference.logsumexp(logits, axis) - own) for axis in (1, 0))
     return (rows + columns) / 2
+
+
+def one_sided_in_numpy(anchors, candidates, scale):
+    logits = scale * reference.cosines(anchors, candidates)
+    return np.mean(reference.logsumexp(logits, 1) - np.diagonal(logits))
 
 
 def check_gradient(loss, truth, image, text, side, rtol=1e-3):
@@ -205,6 +210,89 @@ class TestInfoNCE:
     def test_rows_must_pair(self):
         with pytest.raises(ValueError, match="image and text"):
             inspect.unwrap(info_nce)(*draw(4, 5))
+
+    def test_by_parts_of_bfloat16(self):
+        image, text = draw(9, 9)
+        value = info_nce(image, text, scale=5.0, precision="bfloat16_3x")
+        np.testing.assert_allclose(value, info_nce_in_numpy(image, text, 5.0), rtol=1e-4)
+        with pytest.raises(ValueError, match="precision must be"):
+            inspect.unwrap(info_nce)(image, text, precision="bfloat16")
+
+
+class TestOneSidedInfoNCE:
+    @pytest.mark.parametrize("block", [None, 4])
+    def test_further_candidates_and_padding(self, block):
+        anchors, candidates = draw(9, 15)
+        for keep_n, keep_m in ((9, 15), (7, 12)):
+            masks = {
+                "anchor_mask": np.arange(9) < keep_n,
+                "candidate_mask": np.arange(15) < keep_m,
+            }
+
+            def loss(anchors, candidates, masks=masks):
+                return one_sided_info_nce(anchors, candidates, scale=5.0, **masks, block=block)
+
+            def truth(anchors, candidates, keep_n=keep_n, keep_m=keep_m):
+                return one_sided_in_numpy(anchors[:keep_n], candidates[:keep_m], 5.0)
+
+            np.testing.assert_allclose(
+                loss(anchors, candidates), truth(anchors, candidates), rtol=1e-5
+            )
+            for side in (0, 1):
+                check_gradient(loss, truth, anchors, candidates, side)
+
+    def test_both_directions_are_info_nce(self):
+        image, text = draw(9, 9)
+        both = one_sided_info_nce(image, text) + one_sided_info_nce(text, image)
+        np.testing.assert_allclose(both / 2, info_nce(image, text), rtol=1e-5)
+
+    def test_scale_is_learned(self):
+        anchors, candidates = draw(9, 15)
+        found = jax.grad(lambda s: one_sided_info_nce(anchors, candidates, scale=s, block=4))(8.0)
+        high, low = (one_sided_in_numpy(anchors, candidates, 8.0 + h) for h in (1e-5, -1e-5))
+        np.testing.assert_allclose(found, (high - low) / 2e-5, rtol=1e-4)
+
+    def test_blocks_hold_no_matrix(self):
+        anchors, candidates = draw(157, 211)
+        f = jax.jit(jax.grad(lambda a, c: one_sided_info_nce(a, c, block=16)))
+        compiled = f.lower(anchors, candidates).compile().as_text()
+        assert "[16,211]" in compiled and "[157,211]" not in compiled
+
+    def test_sharded_equals_one_device(self):
+        n, m = 13, 19
+        anchors, candidates = draw(n, m)
+        padded = np.concatenate([anchors, np.ones((16 - n, anchors.shape[1]), np.float32)])
+        mask = np.arange(16) < n
+        mesh = jax.make_mesh((4,), ("r",), axis_types=(AxisType.Auto,))
+
+        def local(anchors, candidates, mask, scale):
+            return one_sided_info_nce(
+                anchors, candidates, scale=scale, anchor_mask=mask, axis_name="r", block=3
+            )
+
+        f = jax.shard_map(local, mesh=mesh, in_specs=(P("r"), P(), P("r"), P()), out_specs=P())
+        value, gradients = jax.jit(jax.value_and_grad(f, argnums=(0, 1, 3)))(
+            padded, candidates, mask, jnp.float32(9.0)
+        )
+        one = jax.grad(lambda a, c, s: one_sided_info_nce(a, c, scale=s), argnums=(0, 1, 2))(
+            anchors, candidates, jnp.float32(9.0)
+        )
+        np.testing.assert_allclose(value, one_sided_in_numpy(anchors, candidates, 9.0), rtol=1e-5)
+        assert not gradients[0][n:].any()
+        for found, expected in zip((gradients[0][:n], *gradients[1:]), one, strict=True):
+            assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
+
+    @pytest.mark.parametrize(
+        "n,m,options,message",
+        [
+            (5, 4, {}, "candidate must have a row for each of the 5 anchors, got 4"),
+            (4, 4, {"block": 0}, "block must be at least 1, got 0"),
+            (4, 4, {"precision": "float16"}, "precision must be"),
+        ],
+    )
+    def test_bad_input(self, n, m, options, message):
+        with pytest.raises(ValueError, match=message):
+            inspect.unwrap(one_sided_info_nce)(*draw(n, m), **options)
 
 
 class TestAffinity:

@@ -1,3 +1,4 @@
+import functools
 import inspect
 
 import jax
@@ -5,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from sotalign_jax.losses import structure
 
@@ -111,6 +114,21 @@ class TestStructure:
         f = jax.jit(jax.grad(lambda a, o: structure(a, o, block=16)))
         compiled = f.lower(embeddings, features).compile().as_text()
         assert "[16,211]" in compiled and "[211,211]" not in compiled
+
+    @pytest.mark.parametrize("options", [{"block": 2}, {"levels": 2, "divergence": "reverse"}])
+    def test_comparison_spread_over_devices(self, options):
+        embeddings, features = draw(n=10)  # of which 4 devices have 3, 3, 3 and 1
+        mesh = jax.make_mesh((4,), ("r",), axis_types=(AxisType.Auto,))
+        spread = jax.shard_map(
+            functools.partial(structure, axis_name="r", **options),
+            mesh=mesh,
+            in_specs=P(),
+            out_specs=P(),
+        )
+        value, gradient = jax.jit(jax.value_and_grad(spread))(embeddings, features)
+        one = jax.value_and_grad(functools.partial(structure, **options))(embeddings, features)
+        np.testing.assert_allclose(value, one[0], rtol=1e-5)
+        assert np.linalg.norm(gradient - one[1]) <= 1e-5 * np.linalg.norm(one[1])
 
     def test_two_opposite_rows_by_hand(self):
         # Rows e1 and -e1 have mean 0: similarities are +-1, their softmax (s, 1 - s). Rows that
