@@ -10,12 +10,13 @@ import dataclasses
 import difflib
 import re
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
 
 from sotalign_jax.objectives import DIVERGENCES, OBJECTIVES, option_tables
+from sotalign_jax.objectives.fusemix import FuseMix, mixtures
 from sotalign_jax.objectives.options import check_options
 
 __all__ = [
@@ -153,9 +154,10 @@ def default_config() -> Config:
     return config
 
 
-# Fields that take one of a few names. Tables of names whose home is elsewhere are checked there.
-_CHOICES = {
-    "objective": tuple(OBJECTIVES),
+# Fields that take one of a few names. Registries may grow; tables of names whose home is elsewhere
+# are checked there.
+_CHOICES: Mapping[str, Collection[str]] = {
+    "objective": OBJECTIVES,
     "data.name": ("emoji", "platonic", "files"),
     "data.resident": ("auto", "always", "never"),
     "data.files.on": ("auto", "ids", "rows"),
@@ -169,7 +171,7 @@ _CHOICES = {
     "model.init": ("random", "teacher"),
     "model.layer": ("linear", "mlp", "star"),
     "loss.normalization": ("mean", "rows"),
-    "loss.divergence": tuple(DIVERGENCES),
+    "loss.divergence": DIVERGENCES,
     "loss.memory": ("auto", "dense", "streamed"),
     "loss.precision": ("float32", "bfloat16_3x"),
     "optimizer.name": ("lion", "adamw"),
@@ -341,6 +343,13 @@ def _check_values(config: Config) -> None:
             check_options(options, config[name].to_dict())
         except ValueError as error:
             raise ConfigError(f"config.{name}.{error}") from error
+    if config.fusemix.alpha:
+        try:
+            mixtures(
+                FuseMix(**config.fusemix.to_dict()), min(config.batch.pairs, config.data.n_pairs)
+            )
+        except ValueError as error:
+            raise ConfigError(f"config.fusemix.{error}") from error
     for name in ("seeds", "tune_seeds"):
         seeds = config.compare[name]
         if not all(isinstance(s, int) and s >= 0 for s in seeds) or len(set(seeds)) < len(seeds):

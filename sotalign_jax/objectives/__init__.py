@@ -8,11 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 from sotalign_jax.objectives.base import Divergence, LossSettings, Objective
+from sotalign_jax.objectives.clip import CLIP
 from sotalign_jax.objectives.divergences import DIVERGENCES
+from sotalign_jax.objectives.fusemix import FuseMix
 from sotalign_jax.objectives.options import check_options, traced_names
 from sotalign_jax.objectives.sail import SAIL
 from sotalign_jax.objectives.sail_semi import SAIL_SEMI
 from sotalign_jax.objectives.sotalign import SOTALIGN
+from sotalign_jax.objectives.structure import STRUCTURE
 
 __all__ = ["DIVERGENCES", "OBJECTIVES", "loss_settings", "option_tables", "traced_fields"]
 
@@ -20,13 +23,16 @@ OBJECTIVES: dict[str, Objective] = {
     "sotalign": SOTALIGN,
     "sail": SAIL,
     "sail_semi": SAIL_SEMI,
+    "clip": CLIP,
+    "structure": STRUCTURE,
 }
 
 
 def option_tables() -> dict[str, type]:
-    """The classes of the options of objectives and divergences, by the name of their table."""
+    """The classes of options, by the name of their table: FuseMix, objectives, divergences."""
     methods: dict[str, Objective | Divergence] = OBJECTIVES | DIVERGENCES
-    return {name: m.options for name, m in methods.items() if m.options is not None}
+    own = {name: m.options for name, m in methods.items() if m.options is not None}
+    return {"fusemix": FuseMix, **own}
 
 
 def traced_fields() -> set[str]:
@@ -51,6 +57,7 @@ def loss_settings(config: Any) -> LossSettings:
         objective=config.objective,
         options=options(config.objective, objective),
         divergence_options=options(config.loss.divergence, divergence),
+        fusemix=check_options(FuseMix, config.fusemix) if config.fusemix.alpha else None,
         reads=objective.reads(config),
         potentials=divergence.potentials,
     )

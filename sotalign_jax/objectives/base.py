@@ -28,8 +28,12 @@ __all__ = [
     "RowPotentials",
     "block",
     "counts",
+    "no_prior",
     "on_every_device",
+    "pairs_prior",
+    "share",
     "whole",
+    "with_log_scale",
 ]
 
 Metrics = dict[str, Array]
@@ -96,6 +100,16 @@ def pairs_prior(settings: LossSettings, pairs: int, images: int, texts: int) -> 
     return 1.0 / pairs if pairs > 1 else None
 
 
+def no_prior(settings: LossSettings, pairs: int, images: int, texts: int) -> None:
+    """Of a loss whose logits are not those of a probability that two rows belong together."""
+    del settings, pairs, images, texts
+
+
+def _as_they_are(params: Any, settings: LossSettings) -> Any:
+    del settings
+    return params
+
+
 @dataclasses.dataclass(frozen=True)
 class Objective:
     """A loss of an aligner on a batch, and what must be known about it.
@@ -109,12 +123,15 @@ class Objective:
         reads: what it reads, of a validated configuration.
         prior: share of true pairs among the combinations that a sigmoid loss sees in a step, of
             ``(settings, pairs, images, texts)``; None of a loss that is no such thing.
+        settle: parameters after an update, of ``(params, settings)``: brought back into the range
+            that the loss keeps them in, or set to what it takes in their place.
     """
 
     loss: Callable[..., tuple[Array, Outcome]]
     options: type | None = None
     reads: Callable[[Any], Reads] = _pairs_only
     prior: Callable[[LossSettings, int, int, int], float | None] = pairs_prior
+    settle: Callable[[Any, LossSettings], Any] = _as_they_are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,16 +156,18 @@ class Divergence:
 class LossSettings:
     """``config.objective`` and ``config.loss``, field by field, and what follows from them.
 
-    A pytree: ``alpha``, the two epsilons and the traced fields of the options are its leaves, all
-    else is static.
+    A pytree: ``alpha``, the two epsilons and the traced fields of the options and of FuseMix are
+    its leaves, all else is static.
 
     Attributes:
         teacher_epsilon: None for 0, the arg-max.
         options: those of the objective.
         divergence_options: those of the divergence.
+        fusemix: how pairs are mixed; None where they are not.
         reads: what the objective reads beside the pairs.
         axis_name: where the rows of a batch are spread over devices, the axis of the mesh.
-        sizes: there, how many pairs, unpaired images and unpaired texts a batch has before padding.
+        sizes: there, how many pairs (mixtures of them, if they are mixed), unpaired images and
+            unpaired texts a batch has before padding.
     """
 
     alpha: Any
@@ -156,6 +175,7 @@ class LossSettings:
     teacher_epsilon: Any
     options: Any
     divergence_options: Any
+    fusemix: Any
     objective: str = dataclasses.field(metadata={"static": True})
     divergence: str = dataclasses.field(metadata={"static": True})
     threshold: float = dataclasses.field(metadata={"static": True})
@@ -184,6 +204,16 @@ def whole(rows: Array, settings: LossSettings) -> Array:
     if settings.axis_name is None:
         return rows
     return jax.lax.all_gather(rows, settings.axis_name, tiled=True)
+
+
+def share(rows: Array, settings: LossSettings) -> Array:
+    """This device's share of rows that are whole on each: zeros pad them, as `whole` returns."""
+    if settings.axis_name is None:
+        return rows
+    each = -(-rows.shape[0] // jax.lax.axis_size(settings.axis_name))
+    missing = each * jax.lax.axis_size(settings.axis_name) - rows.shape[0]
+    rows = jnp.pad(rows, ((0, missing), (0, 0)))
+    return jax.lax.dynamic_slice_in_dim(rows, jax.lax.axis_index(settings.axis_name) * each, each)
 
 
 def counts(local: Array, size: int, settings: LossSettings) -> tuple[Any, Any]:
@@ -222,3 +252,10 @@ def on_every_device(
     everything = (whole(part, settings)[:size] for part, size in zip(rows, sizes, strict=True))
     # Equal on all devices: the mean says so, and gives each the share of the gradient that is its.
     return jax.lax.pmean(function(*everything), settings.axis_name)
+
+
+def with_log_scale(params: Any, value: Array) -> Any:
+    """The parameters of an aligner with another ``log_scale``."""
+    settled = jax.tree.map(lambda leaf: leaf, params)
+    settled["log_scale"] = settled["log_scale"].replace(value)
+    return settled

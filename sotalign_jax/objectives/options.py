@@ -30,6 +30,7 @@ def traced(default: float) -> Any:
     return dataclasses.field(default=default, metadata=_TRACED)
 
 
+@typing.dataclass_transform(frozen_default=True, field_specifiers=(traced,))
 def options(cls: T) -> T:
     """Class decorator: a frozen dataclass, and a pytree whose leaves are its :func:`traced` fields.
 

@@ -106,11 +106,10 @@ def build(config: Config, splits: Splits, teacher: LinearTeacher) -> tuple[Setup
         # changes would have it solved in every step.
         loss = dataclasses.replace(loss, warm_teacher=0.0)
     mesh = make_mesh(config)
-    if mesh is not None:
-        loss = dataclasses.replace(
-            loss, axis_name=AXIS, sizes=tuple(stream.size for stream in streams)
-        )
     setup = Setup(graph, loss, OptimizerSettings.from_config(config), streams, mesh)
+    if mesh is not None:
+        loss = dataclasses.replace(loss, axis_name=AXIS, sizes=setup.sizes)
+        setup = dataclasses.replace(setup, loss=loss)
     return setup, init_state(setup, params), rest
 
 

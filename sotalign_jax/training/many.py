@@ -58,7 +58,7 @@ _FREE = {
     "model.bias",
 }
 # Fields of which only this counts: whether they are zero, which takes another program.
-_SWITCHES = ("loss.alpha", "loss.teacher_epsilon")
+_SWITCHES = ("loss.alpha", "loss.teacher_epsilon", "fusemix.alpha")
 _FREE_TABLES = ("teacher.", "compare.", "metrics.", "mesh.")
 
 Results = dict[str, Any]

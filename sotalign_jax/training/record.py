@@ -138,8 +138,7 @@ class Record:
             selected, state = best, self._checkpoints.restore(state, best)
         aligner = self.aligner(state)
         prior = OBJECTIVES[config.objective].prior
-        sizes = (stream.size for stream in self._setup.streams)
-        aligner.training_prior = prior(self._setup.loss, *sizes)
+        aligner.training_prior = prior(self._setup.loss, *self._setup.sizes)
         splits, teacher = self._inputs
         results: dict[str, Any] = {"selected_step": selected, "pairs": len(splits.pairs)}
         for name, pairs in _held_out(self._inputs):

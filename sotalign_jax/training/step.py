@@ -25,6 +25,7 @@ from sotalign_jax.features.batches import (
 from sotalign_jax.models import Aligner
 from sotalign_jax.objectives import OBJECTIVES
 from sotalign_jax.objectives.base import LossSettings, Metrics, Moment, RowPotentials
+from sotalign_jax.objectives.fusemix import mixed, mixtures
 from sotalign_jax.teachers import LinearTeacher
 from sotalign_jax.training.devices import AXIS, place_vector, put_rows, replicate, take_rows
 
@@ -121,6 +122,12 @@ class Setup:
     streams: tuple[Stream, Stream, Stream] = dataclasses.field(metadata=_STATIC)
     mesh: Mesh | None = dataclasses.field(default=None, metadata=_STATIC)
 
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Pairs (or mixtures of them), unpaired images and texts that the objective sees a step."""
+        pairs, image, text = self.streams
+        return mixtures(self.loss.fusemix, pairs.size), image.size, text.size
+
     def spread(self, function, *arguments):
         """``function`` of this setup, a state and more on each device: to a state and metrics.
 
@@ -215,10 +222,12 @@ def _step(
     """One step on a prepared batch, with the run's data key."""
     start = jax.tree.map(lambda kept: _recall(setup, kept, batch.image_rows), state.potentials)
     moment = Moment(state.step, step_key(key, state.step), start)
+    batch = mixed(batch, setup.streams[0].size, setup.loss, moment.key)
+    objective = OBJECTIVES[setup.loss.objective]
 
     def loss_of(params):
         aligner = nnx.merge(setup.graph, params, rest)
-        return OBJECTIVES[setup.loss.objective].loss(aligner, batch, setup.loss, moment)
+        return objective.loss(aligner, batch, setup.loss, moment)
 
     # Scopes name the parts of a step in profiles; see benchmarks/step.py.
     (loss, outcome), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.params)
@@ -226,6 +235,7 @@ def _step(
         optimizer = setup.optimizer.transformation()
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params: Variables = optax.apply_updates(state.params, updates)
+        params = objective.settle(params, setup.loss)
     metrics = {
         "train/loss": loss,
         **outcome.metrics,
