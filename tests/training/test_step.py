@@ -8,54 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from step_runs import (
+    SIDES,
+    Run,
+    assert_close_states,
+    check_value_and_gradient,
+    embedded,
+    named,
+    prepared_rows,
+    small,
+)
 from tiny_runs import from_teacher, tiny
 
-from sotalign_jax.config import validate
-from sotalign_jax.features.batches import Batch, batch_rows, first_order, stream_batches
+from sotalign_jax.features.batches import Batch, batch_rows, first_order
 from sotalign_jax.training import step as step_module
-from sotalign_jax.training.build import build, load_inputs
-from sotalign_jax.training.step import OptimizerSettings, prepare, run_resident, run_streamed
-
-SIDES = ("image", "text")
-
-
-class Run:
-    """The parts of a run, as `train` builds them."""
-
-    def __init__(self, config):
-        self.config = validate(config)
-        splits, self.teacher = load_inputs(self.config)
-        self.setup, self.first, self.rest = build(self.config, splits, self.teacher)
-        self.tables = Batch(
-            splits.pairs.image, splits.pairs.text, splits.unpaired_image, splits.unpaired_text
-        )
-        self.raw = Batch(*(None if table is None else table.array() for table in self.tables))
-        self.key = jax.random.key(3)
-
-    @functools.cached_property
-    def prepared(self):
-        return prepare(self.setup, self.first.params, self.rest, self.teacher, self.raw)
-
-    def state(self):
-        """A first state of its own, since dispatches take theirs away."""
-        return jax.tree.map(jnp.copy, self.first)
-
-    def resident(self, *lengths):
-        """State and metrics (one entry a step) after dispatches of these lengths."""
-        state, collected = self.state(), []
-        for length in lengths:
-            state, metrics = run_resident(
-                self.setup, length, state, self.rest, self.prepared, self.key
-            )
-            collected.append(metrics)
-        return state, jax.tree.map(lambda *parts: np.concatenate(parts), *collected)
-
-
-def small(**fields):
-    """All rows in every batch, and Sinkhorn run until nothing changes."""
-    fields = {"data__n_pairs": 24, "data__n_unpaired": 32, "batch__pairs": 24} | fields
-    return tiny(batch__unpaired=32, loss__threshold=1e-6, loss__max_iterations=5_000, **fields)
-
+from sotalign_jax.training.step import OptimizerSettings, run_resident, run_streamed
 
 # Both sides standardised, and the teacher refitted on the unpaired rows.
 EXTENSIONS = {
@@ -66,27 +33,7 @@ EXTENSIONS = {
 }
 
 
-def named(params):
-    """Parameters in float64 by path, ``image.linear.kernel`` for instance."""
-    leaves, _ = jax.tree.flatten_with_path(params)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): np.asarray(
-            leaf, np.float64
-        )
-        for path, leaf in leaves
-    }
-
-
 # ---- the same losses in float64 NumPy
-
-
-def project(params, side, rows, mean):
-    z = reference.unit(rows) - np.asarray(mean)
-    if f"{side}.layer_norm.scale" in params:
-        z = z - z.mean(1, keepdims=True)
-        z = z / np.sqrt((z**2).mean(1, keepdims=True) + 1e-5)
-        z = z * params[f"{side}.layer_norm.scale"] + params[f"{side}.layer_norm.bias"]
-    return z @ params[f"{side}.linear.kernel"] + params[f"{side}.linear.bias"]
 
 
 def siglip(params, image, text, normalization):
@@ -98,29 +45,20 @@ def siglip(params, image, text, normalization):
 
 
 def numpy_loss(run, params):
-    loss, teacher = run.config.loss, run.teacher
-    means = {s: np.asarray(getattr(teacher, f"{s}_mean"), np.float64) for s in ("image", "text")}
-
-    def rows(kind, side):
-        found = reference.unit(getattr(run.raw, f"{kind}_{side}"))
-        columns = getattr(teacher, f"{side}_columns")
-        return found if columns is None else (found - columns.mean) / columns.scale
-
-    image, text = (project(params, side, rows("pairs", side), means[side]) for side in means)
+    loss = run.config.loss
+    image, text = embedded(run, params, "pairs")
     if run.config.objective == "sail":
         return siglip(params, image, text, loss.normalization)
-    more_image, more_text = (
-        project(params, side, rows("unpaired", side), means[side]) for side in means
-    )
+    more_image, more_text = embedded(run, params, "unpaired")
     if run.config.objective == "sail_semi":
         return 0.5 * (
             siglip(params, image, np.r_[text, more_text], loss.normalization)
             + siglip(params, np.r_[image, more_image], text, loss.normalization)
         )
     given = [
-        (reference.unit(rows("unpaired", s)) - means[s])
-        @ np.asarray(getattr(teacher, f"{s}_weight"), np.float64)
-        for s in means
+        prepared_rows(run, "unpaired", side)
+        @ np.asarray(getattr(run.teacher, f"{side}_weight"), np.float64)
+        for side in SIDES
     ]
     value, _ = reference.klot(
         reference.cosines(more_image, more_text), reference.cosines(*given), loss.epsilon
@@ -142,31 +80,10 @@ def numpy_loss(run, params):
 )
 def test_first_step_is_what_float64_numpy_says(config):
     run = Run(config)
-    state, metrics = run.resident(1)
-    before, after = named(run.first.params), named(state.params)
-    np.testing.assert_allclose(metrics["train/loss"][0], numpy_loss(run, before), rtol=2e-5)
-
-    # Lion's momentum after one step from zero is (1 - b2) times the gradient.
-    gradient = {name: m / (1 - 0.99) for name, m in named(state.opt_state[0].mu).items()}
-    assert gradient.keys() == before.keys()
-    size = np.sqrt(sum(np.sum(g**2) for g in gradient.values()))
-    np.testing.assert_allclose(metrics["train/gradient_norm"][0], size, rtol=1e-4)
-    rng = np.random.default_rng(0)
-    for name, value in before.items():
-        # Along the gradient, where the slope is large, and along a random direction.
-        for direction in (gradient[name], rng.standard_normal(value.shape)):
-            direction = direction / np.linalg.norm(direction)
-            h = 1e-4
-            high, low = (
-                numpy_loss(run, before | {name: value + s * h * direction}) for s in (1, -1)
-            )
-            np.testing.assert_allclose(
-                np.sum(gradient[name] * direction),
-                (high - low) / (2 * h),
-                rtol=2e-3,
-                atol=2e-4 * np.linalg.norm(gradient[name]) + 1e-8,
-                err_msg=name,
-            )
+    before, gradient, state, metrics = check_value_and_gradient(
+        run, lambda params: numpy_loss(run, params)
+    )
+    after = named(state.params)
 
     # The update: sign of the gradient and decoupled decay, at a quarter of the peak (4 warm-up
     # steps of 40), on every parameter.
@@ -230,14 +147,12 @@ def test_one_step_in_all_warms_up_and_ends():
 
 def affinities(run, params):
     """Float64 cosines of all unpaired images and texts: the student's, and the teacher's."""
-    means = {s: np.asarray(getattr(run.teacher, f"{s}_mean"), np.float64) for s in SIDES}
-    rows = {s: getattr(run.raw, f"unpaired_{s}") for s in SIDES}
     given = [
-        (reference.unit(rows[s]) - means[s])
-        @ np.asarray(getattr(run.teacher, f"{s}_weight"), np.float64)
-        for s in SIDES
+        prepared_rows(run, "unpaired", side)
+        @ np.asarray(getattr(run.teacher, f"{side}_weight"), np.float64)
+        for side in SIDES
     ]
-    mine = [project(params, s, rows[s], means[s]) for s in SIDES]
+    mine = embedded(run, params, "unpaired")
     return reference.cosines(*mine), reference.cosines(*given)
 
 
@@ -291,9 +206,7 @@ def test_solves_start_from_a_share_of_what_was_kept(streamed):
     shares = {"loss__warm_student": 0.5, "loss__warm_teacher": 1.0}
     run = standing_still(loss__iterations=2, **shares)
     if streamed:
-        state = run.state()
-        for raw in stream_batches(run.tables, run.setup.streams, run.key, 0, 6):
-            state, _ = run_streamed(run.setup, state, run.rest, run.teacher, raw, run.key)
+        state, _ = run.streamed(6)
     else:
         state, _ = run.resident(6)
     loss = run.config.loss
@@ -377,12 +290,6 @@ def assert_equal_states(one, other):
     )
 
 
-def assert_close_states(one, other):
-    expected = named(one.params)
-    for name, value in named(other.params).items():
-        np.testing.assert_allclose(value, expected[name], atol=1e-6, err_msg=name)
-
-
 def test_dispatches_of_any_length_take_the_same_steps():
     together, metrics = tiny_run().resident(20)
     assert int(together.step) == 20
@@ -401,24 +308,16 @@ def test_steps_one_by_one_differ_by_rounding_alone():
 
 def test_resident_and_streamed_rows_train_alike():
     run = tiny_run()
-    resident, metrics = run.resident(10)
-    state, losses = run.state(), []
-    for raw in stream_batches(run.tables, run.setup.streams, run.key, 0, 10):
-        state, one = run_streamed(run.setup, state, run.rest, run.teacher, raw, run.key)
-        losses.append(float(one["train/loss"]))
-    np.testing.assert_allclose(losses, metrics["train/loss"], rtol=1e-5)
-    assert_close_states(resident, state)
+    (resident, metrics), (streamed, others) = run.resident(10), run.streamed(10)
+    np.testing.assert_allclose(others["train/loss"], metrics["train/loss"], rtol=1e-5)
+    assert_close_states(resident, streamed)
 
 
 def test_streamed_rows_are_standardised_as_resident_ones():
     run = Run(tiny(**EXTENSIONS, objective="sotalign", optimizer__learning_rate=1e-6))
-    _, metrics = run.resident(5)
-    state, losses = run.state(), []
-    for raw in stream_batches(run.tables, run.setup.streams, run.key, 0, 5):
-        state, one = run_streamed(run.setup, state, run.rest, run.teacher, raw, run.key)
-        losses.append(float(one["train/loss"]))
+    (_, metrics), (_, others) = run.resident(5), run.streamed(5)
     # At a rate at which the sign of a gradient that is all but zero does not matter.
-    np.testing.assert_allclose(losses, metrics["train/loss"], rtol=1e-5)
+    np.testing.assert_allclose(others["train/loss"], metrics["train/loss"], rtol=1e-5)
 
 
 def test_alpha_zero_is_sail_to_the_last_bit():
@@ -469,13 +368,9 @@ def test_training_starts_at_the_teacher_when_told_to():
     run = Run(from_teacher(data__platonic__n_test=50))
     given = [
         np.asarray(getattr(run.teacher, f"project_{s}")(getattr(run.raw, f"unpaired_{s}")))
-        for s in ("image", "text")
+        for s in SIDES
     ]
-    params = named(run.first.params)
-    mine = [
-        project(params, s, getattr(run.raw, f"unpaired_{s}"), getattr(run.teacher, f"{s}_mean"))
-        for s in ("image", "text")
-    ]
+    mine = embedded(run, named(run.first.params), "unpaired")
     np.testing.assert_allclose(reference.cosines(*mine), reference.cosines(*given), atol=1e-5)
 
 
