@@ -81,7 +81,8 @@ def prepared_rows(run, kind, side):
     columns = getattr(run.teacher, f"{side}_columns")
     if columns is not None:
         rows = reference.unit((rows - columns.mean) / columns.scale)
-    return rows - np.asarray(getattr(run.teacher, f"{side}_mean"), np.float64)
+    centred = run.config.model.center
+    return rows - np.asarray(getattr(run.teacher, f"{side}_mean"), np.float64) * centred
 
 
 def layer(params, side, rows):

@@ -45,8 +45,8 @@ def traced_fields() -> set[str]:
 def loss_settings(config: Any) -> LossSettings:
     """The settings of a validated configuration."""
 
-    def options(name: str, method: Objective | Divergence) -> Any:
-        return None if method.options is None else check_options(method.options, config[name])
+    def options(name: str, cls: type | None) -> Any:
+        return None if cls is None else check_options(cls, config[name].to_dict())
 
     objective, divergence = OBJECTIVES[config.objective], DIVERGENCES[config.loss.divergence]
     loss = config.loss.to_dict()
@@ -55,9 +55,9 @@ def loss_settings(config: Any) -> LossSettings:
     return LossSettings(
         **loss,
         objective=config.objective,
-        options=options(config.objective, objective),
-        divergence_options=options(config.loss.divergence, divergence),
-        fusemix=check_options(FuseMix, config.fusemix) if config.fusemix.alpha else None,
+        options=options(config.objective, objective.options),
+        divergence_options=options(config.loss.divergence, divergence.options),
+        fusemix=options("fusemix", FuseMix) if config.fusemix.alpha else None,
         reads=objective.reads(config),
         potentials=divergence.potentials,
     )

@@ -54,10 +54,39 @@ CASES = {
     "sail_semi": (3, {"objective": "sail_semi", "loss__normalization": "rows"}),
     "cka": (4, {"loss__divergence": "cka"}),
     "info_nce": (3, {"loss__divergence": "info_nce"}),
+    "clip": (4, {"objective": "clip"}),
+    "clip, by blocks": (3, {"objective": "clip", "loss__memory": "streamed"}),
+    "structure, mixtures, rows from disk": (
+        3,
+        {
+            "objective": "structure",
+            "structure__rows": "both",
+            "structure__warmup": 6,
+            "fusemix__alpha": 1.0,
+            "batch__pairs": 46,
+            "data__resident": "never",
+        },
+    ),
+    "structure by levels": (4, {"objective": "structure", "structure__levels": 2}),
+    "sail_semi, mixtures of rolled pairs": (
+        4,
+        {
+            "objective": "sail_semi",
+            "fusemix__alpha": 0.5,
+            "fusemix__partners": "roll",
+            "fusemix__per_row": True,
+        },
+    ),
 }
 
 
-SAMPLE = ("klot", "klot streamed, rows from disk", "sail_semi", "cka")
+SAMPLE = (
+    "klot",
+    "klot streamed, rows from disk",
+    "sail_semi",
+    "cka",
+    "structure, mixtures, rows from disk",
+)
 
 
 @pytest.mark.parametrize(
