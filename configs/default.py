@@ -16,7 +16,9 @@ def get_config(arg=None):
 
     config.seed = 0  # draws the pairs, the initial weights and the batches
     config.steps = 2_000  # 0: nothing is trained, the aligner is its start (a teacher, say)
-    config.objective = "sotalign"  # sotalign | sail (pairs alone) | sail_semi (unpaired negatives)
+    # sotalign | sail (pairs alone) | sail_semi (unpaired negatives) | clip (InfoNCE on pairs) |
+    # structure (InfoNCE, and similarities within a modality are kept); docs/objectives.md
+    config.objective = "sotalign"
 
     # ---- rows
     config.data.name = "files"  # files | emoji | platonic
@@ -77,6 +79,11 @@ def get_config(arg=None):
     config.model.center = True  # then minus the teacher's means
     config.model.scale = 20.0  # SigLIP logit scale at the start; learned
     config.model.bias = -10.0  # SigLIP logit bias at the start; learned
+
+    # ---- pairs mixed with each other, for any objective: FuseMix
+    config.fusemix.alpha = 0.0  # of the proportions' Beta distribution; 0: off, FuseMix: 1
+    config.fusemix.partners = "halves"  # halves (half as many mixtures as pairs) | roll (as many)
+    config.fusemix.per_row = False  # a proportion a mixture, not one a batch
 
     # ---- loss = SigLIP(pairs) + alpha * divergence(unpaired)
     # alpha belongs to this normalisation: "mean" divides by n x n as the authors' code does, "rows"

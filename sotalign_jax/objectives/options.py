@@ -19,7 +19,8 @@ def traced(default: float) -> Any:
     """A number that a compiled program takes as an argument: another value compiles nothing anew.
 
     Runs that differ in nothing else can be trained together. Python cannot branch on such a field
-    inside of a loss; a field without this is static, and can be branched on.
+    inside of a loss; a field without this is static, and can be branched on. Annotate it ``Any``:
+    in a program that is being traced, no number stands there.
 
     Args:
         default: its value.

@@ -1,0 +1,127 @@
+"""The methods that docs/objectives.md writes as examples are files that do what it says."""
+
+import dataclasses
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import reference
+from step_runs import Run, check_value_and_gradient, embedded, named, prepared_rows, small
+from tiny_runs import records
+
+from sotalign_jax.config import ConfigError, validate
+from sotalign_jax.objectives import DIVERGENCES, OBJECTIVES
+from sotalign_jax.training import train
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "objectives.md"
+
+
+@pytest.fixture
+def example(tmp_path, monkeypatch):
+    """Writes the file that the document shows under a name, imports it, and adds the line."""
+
+    def register(name, registry):
+        found = re.search(
+            rf"<!-- example: {name} -->\n```python\n(.*?)```.*?\n    \"{name}\": (\w+),\n",
+            DOCUMENT.read_text(encoding="utf-8"),
+            re.DOTALL,
+        )
+        assert found is not None, f"{DOCUMENT} has no example {name}"
+        path = tmp_path / f"{name}.py"
+        path.write_text(found[1], encoding="utf-8")
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        monkeypatch.setitem(registry, name, getattr(module, found[2]))
+
+    return register
+
+
+def softmax(scores):
+    return np.exp(scores - reference.logsumexp(scores, 1)[:, None])
+
+
+def smoothed(image, text, scale, smoothing):
+    n = len(image)
+    labels = (1 - smoothing) * np.eye(n) + smoothing / n
+    scores = scale * reference.cosines(image, text)
+    both = [np.log(softmax(scores)), np.log(softmax(scores.T))]
+    return -np.mean([np.sum(labels * log) / n for log in both])
+
+
+def test_the_objective_trains(example, tmp_path):
+    example("smoothed", OBJECTIVES)
+    fields = {"objective": "smoothed", "smoothed__smoothing": 0.3}
+    run = Run(small(**fields, steps=3))
+    check_value_and_gradient(
+        run,
+        lambda params: smoothed(*embedded(run, params, "pairs"), np.exp(params["log_scale"]), 0.3),
+    )
+    other = Run(small(objective="smoothed", smoothed__smoothing=0.0, steps=3))
+    assert jax.tree.structure(other.setup) == jax.tree.structure(run.setup)
+
+    # Whole runs, on a mesh that does not divide the 25 pairs.
+    found = []
+    for devices in (1, 3):
+        home = tmp_path / f"{devices}"
+        config = small(**fields, steps=3, data__n_pairs=25, batch__pairs=25, log_every=1)
+        config.eval_every = config.checkpoint_every = 0
+        config.mesh.devices = devices
+        config.optimizer.name = "adamw"
+        train(config, home, quiet=True)
+        found.append([record["train/smoothed"] for record in records(home)])
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-4)
+    assert len(found[0]) == 3 and found[0][2] < found[0][0]
+
+
+def test_the_divergence_trains(example):
+    example("total_variation", DIVERGENCES)
+    run = Run(
+        small(loss__divergence="total_variation", loss__alpha=5.0, total_variation__temperature=0.2)
+    )
+    state, metrics = run.resident(3)
+    given = [
+        prepared_rows(run, "unpaired", side) @ np.asarray(getattr(run.teacher, f"{side}_weight"))
+        for side in ("image", "text")
+    ]
+    mine = embedded(run, named(run.first.params), "unpaired")
+    student, teacher = (softmax(reference.cosines(*sides) / 0.2) for sides in (mine, given))
+    expected = 0.5 * np.abs(student - teacher).sum(1).mean()
+    np.testing.assert_allclose(metrics["train/total_variation"][0], expected, rtol=1e-4)
+    np.testing.assert_allclose(
+        metrics["train/loss"],
+        metrics["train/siglip"] + 5 * metrics["train/total_variation"],
+        rtol=1e-5,
+    )
+    assert metrics["train/total_variation"][-1] < metrics["train/total_variation"][0]
+    assert int(state.step) == 3
+
+
+def test_options_of_the_examples_are_checked_like_all_others(example):
+    example("smoothed", OBJECTIVES)
+    example("total_variation", DIVERGENCES)
+    for name, value, message in (
+        ("smoothed__smoothing", 1.0, r"config.smoothed.smoothing: must lie in \[0, 1\), got 1.0"),
+        ("smoothed__direction", "up", r"config.smoothed.direction: got 'up'; must be one of both"),
+        ("total_variation__temperature", 0.0, r"config.total_variation.temperature: must be posi"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{message}"):
+            validate(small(**{name: value}))
+
+
+def test_every_objective_and_its_options_are_documented():
+    text = DOCUMENT.read_text(encoding="utf-8")
+    for name, objective in OBJECTIVES.items():
+        assert f"| `{name}`" in text and f"\n## {name}\n" in text, name
+        if objective.options is not None:
+            section = text.split(f"\n## {name}\n")[1].split("\n## ")[0]
+            for field in dataclasses.fields(objective.options):
+                assert f"\n| `{field.name}` |" in section, f"{name}.{field.name}"
+    for name in DIVERGENCES:
+        assert f"\n| `{name}` |" in text, name
