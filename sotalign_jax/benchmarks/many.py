@@ -24,7 +24,6 @@ from typing import Any
 import jax
 import numpy as np
 import safetensors.numpy
-from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
@@ -88,7 +87,7 @@ def run(
         home.mkdir(parents=True)
         paths = []
         for number in range(count):
-            one: Config = ConfigDict(config)
+            one: Config = config.copy_and_resolve_references()
             if vary == "seed":
                 one.seed = config.seed + number
             else:

@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 from rich.console import Console
 
 from sotalign_jax.config import Config, flatten, validate
@@ -178,7 +177,7 @@ class _Run:
 
     def __init__(self, number: int, config: Config, home: Workdir, inputs: Inputs):
         self.number, self.config, self.home, self.inputs = number, config, home, inputs
-        on_one: Config = ConfigDict(config)
+        on_one: Config = config.copy_and_resolve_references()
         on_one.mesh.devices = 1
         self.setup, self.state, self.rest = build(on_one, *inputs)
         reads = self.setup.loss.reads

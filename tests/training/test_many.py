@@ -283,9 +283,11 @@ def devices():
 
 
 def test_runs_are_spread_over_devices(tmp_path, devices):
-    configs = [config(seed=seed) for seed in range(3)]
+    configs = [config(seed=seed, mesh__devices=0) for seed in range(3)]
     _, paths = run(configs, tmp_path)
     for i, one in enumerate(configs):
+        assert json.loads((paths[i] / "config.json").read_text())["mesh"] == {"devices": 0}
+        one.mesh.devices = 1
         train(one, tmp_path / f"alone_{i}", quiet=True)
         assert_same_parameters(paths[i], tmp_path / f"alone_{i}")
 
