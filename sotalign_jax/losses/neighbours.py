@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,23 @@ from sotalign_jax.numerics import MatmulPrecision, matmul, unit_rows
 from sotalign_jax.transport.geometry import AxisName
 from sotalign_jax.transport.streamed import over_blocks
 
-__all__ = ["Neighbours", "choose_neighbours", "nearest_neighbours", "neighbour_siglip"]
+__all__ = [
+    "Neighbours",
+    "Sliceable",
+    "choose_neighbours",
+    "nearest_neighbours",
+    "neighbour_siglip",
+]
+
+
+@runtime_checkable
+class Sliceable(Protocol):
+    """A matrix whose rows can be had a slice at a time, as those of a file are."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    def __getitem__(self, index: slice) -> Any: ...
 
 
 class Neighbours(NamedTuple):
@@ -39,8 +56,8 @@ def neighbour_siglip(
     *,
     text_neighbour: Float[ArrayLike, "m d"] | None = None,
     image_neighbour: Float[ArrayLike, "n d"] | None = None,
-    text_weight: float = 1.0,
-    image_weight: float = 1.0,
+    text_weight: float | Float[Array, ""] = 1.0,
+    image_weight: float | Float[Array, ""] = 1.0,
     scale: float | Float[ArrayLike, ""] = 20.0,
     bias: float | Float[ArrayLike, ""] = -10.0,
     normalization: Literal["mean", "rows"] = "mean",
@@ -67,7 +84,7 @@ def neighbour_siglip(
             (:func:`nearest_neighbours` of frozen features, :func:`choose_neighbours`). None leaves
             the term out.
         image_neighbour: ``(n, d)`` embeddings of one neighbour of each image. None likewise.
-        text_weight: of the first term; 0 leaves it out. A static float.
+        text_weight: of the first term; 0 leaves it out, where it is not traced.
         image_weight: of the second term.
         scale: logit scale, as for :func:`siglip`; and so are the other arguments.
         bias: logit bias.
@@ -94,7 +111,7 @@ def neighbour_siglip(
     if text_neighbour is None and image_neighbour is None:
         raise ValueError("text_neighbour or image_neighbour must be given, got neither")
     for name, weight in (("text_weight", text_weight), ("image_weight", image_weight)):
-        if not weight >= 0:
+        if not isinstance(weight, Tracer) and not weight >= 0:
             raise ValueError(f"{name} must not be negative, got {weight}")
     for name, rows, neighbour in (
         ("text", text, text_neighbour),
@@ -122,11 +139,15 @@ def neighbour_siglip(
         axis_name=axis_name,
     )
     value = jnp.asarray(0.0, jnp.float32)
-    if text_neighbour is not None and text_weight > 0:
+    if text_neighbour is not None and _counts(text_weight):
         value += text_weight * pair_loss(image, text_neighbour)
-    if image_neighbour is not None and image_weight > 0:
+    if image_neighbour is not None and _counts(image_weight):
         value += image_weight * pair_loss(image_neighbour, text)
     return value
+
+
+def _counts(weight) -> bool:
+    return isinstance(weight, Tracer) or bool(weight > 0)
 
 
 def choose_neighbours(key: Key[Array, ""], rows: Int[ArrayLike, "q k"]) -> Int[Array, " q"]:
@@ -151,18 +172,19 @@ def choose_neighbours(key: Key[Array, ""], rows: Int[ArrayLike, "q k"]) -> Int[A
 
 def nearest_neighbours(
     query: Float[ArrayLike, "q e"],
-    table: Float[ArrayLike, "n e"],
+    table: Float[ArrayLike, "n e"] | Sliceable,
     k: int = 1,
     *,
     exclude: Int[ArrayLike, " q"] | None = None,
     duplicates: Literal["drop", "keep"] = "drop",
+    view: Callable[[Any], Any] | None = None,
     block: int = 4096,
 ) -> Neighbours:
     """The ``k`` rows of a table with the largest cosines to each query: all compared, none missed.
 
-    Called once, outside of ``jit``: the table, which may be a memory-mapped file, is read twice
-    from its first row to its last, and ``block`` rows of it are on the device at a time. Rows
-    whose cosines are equal in float32 come in the order of the table.
+    Called once, outside of ``jit``: the table, which may be a memory-mapped file or whatever gives
+    slices of rows, is read twice from its first row to its last, and ``block`` rows of it are on
+    the device at a time. Rows whose cosines are equal in float32 come in the order of the table.
 
     Args:
         query: ``(q, e)`` rows whose neighbours are sought, any floating dtype.
@@ -174,6 +196,9 @@ def nearest_neighbours(
             neighbour of a common caption is that caption. Rows that differ in a bit are not equal:
             `sotalign_jax.evaluation.find_duplicates` finds those of almost equal direction.
             ``"keep"``: only ``exclude`` is left out, as in the published code.
+        view: what of some rows is compared, ``(c, e)`` to ``(c, d)``, traceable: what an aligner
+            makes of raw rows, say. By default the rows themselves. Which rows are duplicates is
+            asked of the rows and not of their views.
         block: rows of the table, and queries, that are compared at once: memory is that of the
             queries, of ``block`` rows, and of a ``block x block`` matrix or three.
 
@@ -192,10 +217,11 @@ def nearest_neighbours(
         raise ValueError(f"duplicates must be 'drop' or 'keep', got {duplicates!r}")
     if block < 1:
         raise ValueError(f"block must be at least 1, got {block}")
-    for name, rows in (("query", query), ("table", table)):
-        if np.ndim(rows) != 2:
-            raise ValueError(f"{name} must be a matrix of rows, got shape {np.shape(rows)}")
-    (q, e), (n, table_e) = np.shape(query), np.shape(table)
+    queries, whole = _sliceable(query), _sliceable(table)
+    for name, rows in (("query", queries), ("table", whole)):
+        if len(rows.shape) != 2:
+            raise ValueError(f"{name} must be a matrix of rows, got shape {rows.shape}")
+    (q, e), (n, table_e) = queries.shape, whole.shape
     if e != table_e:
         raise ValueError(f"table must have the dimension of query, {e}, got {table_e}")
     if not 1 <= k <= n:
@@ -204,8 +230,8 @@ def nearest_neighbours(
 
     countable = np.ones(n, bool)
     drop = duplicates == "drop"
-    query_digests = _checked_digests("query", _sliceable(query), block, drop)
-    table_digests = _checked_digests("table", _sliceable(table), block, drop)
+    query_digests = _checked_digests("query", queries, block, drop)
+    table_digests = _checked_digests("table", whole, block, drop)
     if drop:
         first: dict[bytes, int] = {}
         first_of = np.array([first.setdefault(d, i) for i, d in enumerate(table_digests)])
@@ -223,22 +249,23 @@ def nearest_neighbours(
             f"query row {worst}; the others are duplicates or excluded"
         )
 
-    block, whole = min(block, n), _sliceable(table)
+    block = min(block, n)
+    view = jnp.asarray if view is None else jax.jit(view)
     best = Neighbours(jnp.zeros((q, k), jnp.int32), jnp.full((q, k), -jnp.inf, jnp.float32))
-    query, itself = unit_rows(query), jnp.asarray(itself)
+    queries, itself = unit_rows(view(queries)), jnp.asarray(itself)
     for start in range(0, n, block):
         rows, counts = whole[start : start + block], countable[start : start + block]
         if len(rows) < block:  # so that one program serves all blocks
             missing = block - len(rows)
             rows = np.pad(np.asarray(rows), ((0, missing), (0, 0)))
             counts = np.pad(counts, (0, missing))
-        best = _merged(best, query, itself, rows, counts, np.int32(start))
+        best = _merged(best, queries, itself, view(rows), counts, np.int32(start))
     return best
 
 
 def _sliceable(rows) -> Any:
-    """``rows`` as they are where they are an array, which a memory-mapped file is."""
-    return rows if isinstance(rows, np.ndarray | jax.Array) else np.asarray(rows)
+    """``rows`` as they are where slices of them can be had, else as an array."""
+    return rows if isinstance(rows, Sliceable) else np.asarray(rows)
 
 
 def _excluded(exclude, q: int, n: int) -> np.ndarray:
@@ -261,7 +288,7 @@ def _excluded(exclude, q: int, n: int) -> np.ndarray:
 def _checked_digests(name: str, rows, block: int, digest: bool) -> list[bytes]:
     """A fingerprint of each row, if wanted; a ValueError for a row that has no direction."""
     digests = []
-    for start in range(0, len(rows), block):
+    for start in range(0, rows.shape[0], block):
         # Adding zero makes -0 a 0, which equals it.
         part = np.asarray(rows[start : start + block]).astype(np.float32) + np.float32(0)
         largest = np.max(np.abs(part), axis=1, initial=0)

@@ -8,10 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from sotalign_jax.losses.affinity import cosine_affinity
-from sotalign_jax.transport import solve
+from sotalign_jax.losses.contrastive import check_block
+from sotalign_jax.numerics import MatmulPrecision, check_precision, unit_rows
+from sotalign_jax.transport import StreamedAffinity, solve
+from sotalign_jax.transport.geometry import AxisName
+from sotalign_jax.transport.streamed import over_blocks
 
 __all__ = ["pseudo_label", "pseudo_label_targets"]
 
@@ -30,6 +34,11 @@ def pseudo_label(
     iterations: int | None = None,
     threshold: float = 1e-3,
     max_iterations: int = 500,
+    unpaired_mask: Bool[ArrayLike, " u"] | None = None,
+    paired_mask: Bool[ArrayLike, " n"] | None = None,
+    block: int | None = None,
+    precision: MatmulPrecision = "float32",
+    axis_name: AxisName | None = None,
 ) -> Float[Array, ""]:
     r"""Cross-entropy of one side's unpaired rows to the pseudo-labels that the pairs give them.
 
@@ -52,6 +61,14 @@ def pseudo_label(
         iterations: for ``"ot"``, as for :func:`pseudo_label_targets`.
         threshold: likewise.
         max_iterations: likewise.
+        unpaired_mask: ``(u,)``, False for rows that do not count (padding); all count by default.
+        paired_mask: ``(n,)``, likewise, of the pairs.
+        block: rows of logits and of targets that are held at once, forward and backward; all by
+            default.
+        precision: of the products of embeddings and of views, as for `siglip`.
+        axis_name: inside ``shard_map``, the mesh axes over which the unpaired rows, their views and
+            their mask are spread; pairs are whole on every device, and the value is the same on
+            all.
 
     Returns:
         Float32 scalar, in nats, not negative; NaN where no plan exists.
@@ -76,17 +93,53 @@ def pseudo_label(
     _check_dim("paired_view", paired_view, "unpaired_view", unpaired_view)
     _check_scale("scale", scale)
     _check_scale("label_scale", label_scale)
-    targets = pseudo_label_targets(
-        unpaired_view,
-        paired_view,
-        labels=labels,
-        scale=scale if label_scale is None else label_scale,
-        iterations=iterations,
-        threshold=threshold,
-        max_iterations=max_iterations,
+    _check_labels(labels)
+    check_block(block)
+    check_precision(precision)
+    u, n = jnp.shape(unpaired)[0], jnp.shape(partners)[0]
+    _check_some_rows(u, n)
+    scale = jnp.asarray(scale, jnp.float32)
+    label_scale = scale if label_scale is None else jnp.asarray(label_scale, jnp.float32)
+    label_scale = jax.lax.stop_gradient(label_scale)
+    affinity, views = (
+        StreamedAffinity(unit_rows(rows), unit_rows(pairs), block or u, precision)
+        for rows, pairs in ((unpaired, partners), (unpaired_view, paired_view))
     )
-    logits = jnp.asarray(scale, jnp.float32) * cosine_affinity(unpaired, partners)
-    return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits, axis=1), axis=1))
+    views = jax.lax.stop_gradient(views)
+    # Without blocks the cosines of the views are held, and serve both the plan and the targets.
+    compared = views if block is not None else views.of_rows(views.image)
+    potential = None
+    if labels == "ot":
+        a, b = _uniform(unpaired_mask, axis_name), _uniform(paired_mask, None)
+        potential = solve(
+            compared,
+            1.0 / label_scale,
+            a=a,
+            b=b,
+            threshold=threshold,
+            max_iterations=max_iterations,
+            iterations=iterations,
+            axis_name=axis_name,
+        ).g
+    mask = jnp.ones(u, bool) if unpaired_mask is None else jnp.asarray(unpaired_mask)
+    wanted = jnp.ones(n, bool) if paired_mask is None else jnp.asarray(paired_mask)
+
+    def rows_of(carry, rows):
+        unpaired, view, mask = rows
+        cosines = view if block is None else views.of_rows(view)
+        targets = _targets(cosines, labels, label_scale, potential, wanted)
+        logits = jnp.where(wanted[None, :], scale * affinity.of_rows(unpaired), -jnp.inf)
+        logs = jnp.where(wanted[None, :], jax.nn.log_softmax(logits, axis=1), 0.0)
+        return carry, jnp.where(mask, -jnp.sum(targets * logs, axis=1), 0.0)
+
+    if block is not None:
+        rows_of = jax.checkpoint(rows_of)  # or the logits of all blocks would wait for the gradient
+    seen = compared if block is None else views.image
+    _, losses = over_blocks(rows_of, (), (affinity.image, seen, mask), affinity.block)
+    total, count = jnp.sum(losses), jnp.sum(mask, dtype=jnp.float32)
+    if axis_name is not None:
+        total, count = jax.lax.psum((total, count), axis_name)
+    return total / count
 
 
 def pseudo_label_targets(
@@ -135,29 +188,64 @@ def pseudo_label_targets(
         S. Mo et al., "S-CLIP: semi-supervised vision-language learning using few specialist
         captions", NeurIPS 2023, section 4 (caption-level pseudo-labels).
     """
-    if labels not in ("hard", "soft", "ot"):
-        raise ValueError(f"labels must be 'hard', 'soft' or 'ot', got {labels!r}")
+    _check_labels(labels)
     _check_scale("scale", scale)
-    for name, rows in (("unpaired", unpaired), ("paired", paired)):
-        if jnp.shape(rows)[0] < 1:
-            raise ValueError(f"{name} must have at least one row, got none")
+    _check_some_rows(jnp.shape(unpaired)[0], jnp.shape(paired)[0])
     _check_dim("paired", paired, "unpaired", unpaired)
     affinity = jax.lax.stop_gradient(cosine_affinity(unpaired, paired))
     scale = jax.lax.stop_gradient(jnp.asarray(scale, jnp.float32))
+    potential = None
+    if labels == "ot":
+        potential = solve(
+            affinity,
+            1.0 / scale,
+            threshold=threshold,
+            max_iterations=max_iterations,
+            iterations=iterations,
+        ).g
+    wanted = jnp.ones(affinity.shape[1], bool)
+    return jax.lax.stop_gradient(_targets(affinity, labels, scale, potential, wanted))
+
+
+def _targets(
+    cosines: Float[Array, "k n"],
+    labels: str,
+    scale: Float[Array, ""],
+    potential: Float[Array, " n"] | None,
+    wanted: Bool[Array, " n"],
+) -> Float[Array, "k n"]:
+    """The labels of some rows: all that a plan adds to their cosines is one number a pair."""
     if labels == "hard":
-        best = jax.nn.one_hot(jnp.argmax(affinity, axis=1), affinity.shape[1], dtype=jnp.float32)
+        bad = jnp.any(wanted[None, :] & jnp.isnan(cosines), axis=1, keepdims=True)
+        best = jnp.argmax(jnp.where(wanted[None, :], cosines, -jnp.inf), axis=1)
+        best = jax.nn.one_hot(best, cosines.shape[1], dtype=jnp.float32)
         # The largest of NaN is nothing, and must not look like a label.
-        return jnp.where(jnp.isnan(affinity).any(axis=1, keepdims=True), jnp.nan, best)
-    if labels == "soft":
-        return jax.nn.softmax(scale * affinity, axis=1)
-    plan = solve(
-        affinity,
-        1.0 / scale,
-        threshold=threshold,
-        max_iterations=max_iterations,
-        iterations=iterations,
+        return jnp.where(bad, jnp.nan, best)
+    if potential is not None:
+        # Rows of a plan over their sums: the row potentials cancel.
+        cosines = cosines + potential[None, :]
+    return jax.nn.softmax(jnp.where(wanted[None, :], scale * cosines, -jnp.inf), axis=1)
+
+
+def _uniform(mask, axis_name: AxisName | None):
+    """The marginal that gives all rows which count the same mass; None where all do."""
+    if mask is None:
+        return None
+    count = jnp.sum(mask, dtype=jnp.float32)
+    return jnp.asarray(mask, jnp.float32) / (
+        count if axis_name is None else jax.lax.psum(count, axis_name)
     )
-    return jax.lax.stop_gradient(jax.nn.softmax(plan.log_matrix(affinity), axis=1))
+
+
+def _check_labels(labels: str) -> None:
+    if labels not in ("hard", "soft", "ot"):
+        raise ValueError(f"labels must be 'hard', 'soft' or 'ot', got {labels!r}")
+
+
+def _check_some_rows(unpaired: int, paired: int) -> None:
+    for name, rows in (("unpaired", unpaired), ("paired", paired)):
+        if rows < 1:
+            raise ValueError(f"{name} must have at least one row, got none")
 
 
 def _check_dim(name: str, rows, other_name: str, other) -> None:
