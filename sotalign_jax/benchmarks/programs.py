@@ -14,14 +14,15 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sotalign_jax.config import Config, ConfigError, explain, validate
 from sotalign_jax.features import FeatureTable, Pairs, Splits
-from sotalign_jax.features.batches import Batch
+from sotalign_jax.features.batches import Batch, NeighbourRows
 from sotalign_jax.losses import klot
 from sotalign_jax.numerics import Columns, MatmulPrecision
-from sotalign_jax.objectives.base import RowPotentials
+from sotalign_jax.objectives.base import Reads, RowPotentials
 from sotalign_jax.teachers import LinearTeacher
 from sotalign_jax.training.build import Inputs, build, fits, raw_tables
 from sotalign_jax.training.data import fit_teacher, load_splits
 from sotalign_jax.training.devices import AXIS, padded
+from sotalign_jax.training.neighbours import with_neighbours
 from sotalign_jax.training.step import Setup, prepare, run_resident, run_streamed
 
 __all__ = [
@@ -148,7 +149,7 @@ def compile_programs(config: Config, inputs: Inputs) -> tuple[Setup, dict[str, A
     if not config.steps:
         raise ConfigError("config.steps: 0 trains nothing, and there is no step to compile")
     setup, state, rest = build(config, *inputs)
-    tables = raw_tables(inputs.splits, unpaired=setup.loss.reads.unpaired)
+    tables = _tables(inputs.splits, setup.loss.reads)
     key = jax.eval_shape(lambda: jax.random.key(0))
     potentials = [
         leaf if leaf is None else jnp.zeros(padded(len(leaf), setup.mesh))
@@ -158,18 +159,19 @@ def compile_programs(config: Config, inputs: Inputs) -> tuple[Setup, dict[str, A
     spread = _shapes(potentials, setup.mesh, PartitionSpec(AXIS))
     state = state._replace(potentials=RowPotentials(*spread))
     if not fits(config, tables, inputs.teacher, setup.mesh):
-        pairs, image, text = setup.streams
-        sizes = (pairs.size, pairs.size, image.size, text.size)
-        raw = _rows(tables, sizes, setup.mesh)
+        raw = _rows(tables, [stream.size for stream in setup.streams], setup.mesh)
+        image = setup.streams[1]
         if not image.whole:
             rows = jax.ShapeDtypeStruct((image.size,), jnp.int32)
             raw = raw._replace(image_rows=_shapes(rows, setup.mesh))
         lowered = run_streamed.lower(setup, state, rest, teacher, raw, key)
         return setup, {"step": lowered.compile()}
-    raw = _rows(tables, [len(table) for table in tables[:4]], setup.mesh)
+    neighbours = _shapes(tables.neighbours, setup.mesh)
+    raw = _rows(tables, None, setup.mesh)._replace(neighbours=neighbours)
     preparing = jax.jit(prepare)
     arguments = (setup, state.params, rest, teacher, raw)
     spread = _shapes(preparing.eval_shape(*arguments), setup.mesh, PartitionSpec(AXIS))
+    spread = spread._replace(neighbours=neighbours)
     length = min(config.log_every, config.steps)
     return setup, {
         "prepare": preparing.lower(*arguments).compile(),
@@ -257,10 +259,35 @@ def _shapes(tree: Any, mesh: Mesh | None, spec: PartitionSpec | None = None) -> 
     )
 
 
-def _rows(tables: Batch, counts: Sequence[int], mesh: Mesh | None) -> Batch:
-    """Shapes of so many rows of each table, spread over the mesh."""
-    shapes = [
-        jax.ShapeDtypeStruct((padded(count, mesh), table.dim), jnp.float32)
-        for table, count in zip(tables[:4], counts, strict=True)
-    ]
-    return Batch(*_shapes(shapes, mesh, PartitionSpec(AXIS)))
+def _tables(splits: Splits, reads: Reads) -> Batch:
+    """The sources of a run, in which other rows may be neighbours than truly are."""
+
+    def rows(side: str) -> np.ndarray | None:
+        if not reads.neighbours or side not in reads.sides:
+            return None
+        numbers = np.arange(len(splits.pairs) * reads.neighbours, dtype=np.int32)
+        unpaired = len(getattr(splits, f"unpaired_{side}"))
+        return (numbers % unpaired).reshape(len(splits.pairs), reads.neighbours)
+
+    found = NeighbourRows(rows("image"), rows("text"))
+    return with_neighbours(raw_tables(splits, reads), splits, found)
+
+
+def _rows(tables: Batch, sizes: Sequence[int] | None, mesh: Mesh | None) -> Batch:
+    """Shapes of a batch of so many pairs, images and texts, or of all rows, on the mesh."""
+
+    def shape(table: FeatureTable | None, stream: int) -> Any:
+        if table is None:
+            return None
+        count = len(table) if sizes is None else sizes[stream]
+        return jax.ShapeDtypeStruct((padded(count, mesh), table.dim), jnp.float32)
+
+    shapes = Batch(
+        shape(tables.pairs_image, 0),
+        shape(tables.pairs_text, 0),
+        shape(tables.unpaired_image, 1),
+        shape(tables.unpaired_text, 2),
+        neighbour_image=shape(tables.neighbour_image, 0),
+        neighbour_text=shape(tables.neighbour_text, 0),
+    )
+    return _shapes(shapes, mesh, PartitionSpec(AXIS))

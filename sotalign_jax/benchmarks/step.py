@@ -32,10 +32,9 @@ from rich.table import Table
 from sotalign_jax.benchmarks.hlo import op_names
 from sotalign_jax.benchmarks.programs import memory_of, read_config
 from sotalign_jax.config import Config, ConfigError
-from sotalign_jax.features.batches import Batch
 from sotalign_jax.files import replace_text
-from sotalign_jax.training.build import build, fits, load_inputs, raw_tables
-from sotalign_jax.training.devices import place_table, replicate
+from sotalign_jax.training.build import build, check_splits, fits, load_inputs, sources
+from sotalign_jax.training.devices import place_tables, replicate
 from sotalign_jax.training.step import place_state, prepare, run_resident
 
 __all__ = ["main", "part_of", "run", "self_times"]
@@ -78,7 +77,8 @@ def run(config: Config, *, repeats: int = 5) -> dict[str, Any]:
         raise ConfigError("config.steps: 0 trains nothing, and there is no step to measure")
     splits, teacher = load_inputs(config)
     setup, state, rest = build(config, splits, teacher)
-    tables = raw_tables(splits, unpaired=setup.loss.reads.unpaired)
+    check_splits(config, splits, setup.loss.reads)
+    tables = sources(config, splits, setup, state, rest)
     if not fits(config, tables, teacher, setup.mesh):
         raise ConfigError(
             "config.data.resident: the step with all rows on the device is what is measured, and "
@@ -87,7 +87,7 @@ def run(config: Config, *, repeats: int = 5) -> dict[str, Any]:
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     state = place_state(state, setup.mesh)
     rest, teacher, key = replicate((rest, teacher, key), setup.mesh)
-    raw = Batch(*(place_table(table, setup.mesh) for table in tables))
+    raw = place_tables(tables, setup.mesh)
     tables = jax.jit(prepare)(setup, state.params, rest, teacher, raw)
     length = min(config.log_every, config.steps)
 

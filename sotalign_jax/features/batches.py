@@ -14,26 +14,43 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
 from sotalign_jax.features.store import FeatureTable
 
 __all__ = [
     "Batch",
+    "NeighbourRows",
     "Stream",
     "advance",
     "batch_rows",
+    "drawn_neighbours",
     "first_order",
     "step_key",
     "stream_batches",
 ]
 
-# Streams are numbered from 0; the random choices of a step have a number of their own.
+# Streams are numbered from 0; the random choices of a step have a number of their own, and so has
+# the choice among neighbours of each side.
 _STEP_NUMBER = 1_000
+_NEIGHBOUR_NUMBERS = (1_001, 1_002)
+
+
+class NeighbourRows(NamedTuple):
+    """Of each pair its neighbours, as rows of a table; None of a side that has none.
+
+    Attributes:
+        image: ``(pairs, k)`` row numbers, those of the neighbours of the pair's image.
+        text: those of its text.
+    """
+
+    image: Any = None
+    text: Any = None
 
 
 class Batch(NamedTuple):
-    """The three data sources, or one batch of them: all tables, or all arrays.
+    """The data sources, or one batch of them: all tables, or all arrays.
 
     Attributes:
         pairs_image: rows of the paired images.
@@ -43,6 +60,10 @@ class Batch(NamedTuple):
         teacher_image: ``unpaired_image`` projected by the teacher; None where nobody asks.
         teacher_text: ``unpaired_text`` projected by the teacher.
         image_rows: which rows of their table ``unpaired_image`` are; None where it is all of them.
+        neighbour_image: of a batch, one neighbour of each paired image, row by row; of the sources,
+            the rows that are a neighbour of any. None where nobody asks.
+        neighbour_text: the same of the texts.
+        neighbours: of the sources, which rows of theirs belong to a pair; None of a batch.
     """
 
     pairs_image: Any
@@ -52,6 +73,9 @@ class Batch(NamedTuple):
     teacher_image: Any = None
     teacher_text: Any = None
     image_rows: Any = None
+    neighbour_image: Any = None
+    neighbour_text: Any = None
+    neighbours: NeighbourRows = NeighbourRows()
 
 
 class Stream(NamedTuple):
@@ -116,6 +140,36 @@ def step_key(key: Array, step: Int[Array, ""] | int) -> Array:
     return jax.random.fold_in(jax.random.fold_in(key, _STEP_NUMBER), step)
 
 
+def drawn_neighbours(
+    neighbours: NeighbourRows,
+    key: Array,
+    step: Int[Array, ""] | int,
+    pairs: Int[ArrayLike, " n"],
+) -> NeighbourRows:
+    """One neighbour of each pair of a batch, each of its ``k`` as likely; None of a side without.
+
+    Args:
+        neighbours: of all pairs.
+        key: the run's data key.
+        step: of the batch.
+        pairs: its rows among the pairs.
+
+    Returns:
+        ``(n,)`` row numbers a side, a function of the key, the step and the pairs.
+    """
+
+    def draw(table, number: int):
+        if table is None:
+            return None
+        rows = jnp.take(jnp.asarray(table), jnp.asarray(pairs), axis=0)
+        # As `losses.choose_neighbours`, which this floor does not know.
+        choice = step_key(jax.random.fold_in(key, number), step)
+        at = jax.random.randint(choice, (rows.shape[0], 1), 0, rows.shape[1])
+        return jnp.take_along_axis(rows, at, axis=1)[:, 0]
+
+    return NeighbourRows(*map(draw, neighbours, _NEIGHBOUR_NUMBERS))
+
+
 def stream_batches(
     tables: Batch,
     streams: tuple[Stream, Stream, Stream],
@@ -132,20 +186,24 @@ def stream_batches(
     read once: all batches share its rows, which cannot be written to.
 
     Args:
-        tables: the sources, each a `FeatureTable`; the teacher's fields are ignored.
+        tables: the sources, each a `FeatureTable`, and ``neighbours`` arrays; the teacher's fields
+            are ignored.
         streams: of the pairs, the unpaired images and the unpaired texts.
         key: the run's data key.
         start: first step.
         stop: one past the last step.
         shares: which rows of a batch of each stream are wanted; all by default. Nothing else is
-            read.
+            read. A neighbour is wanted where its pair is.
         threads: reader threads, and batches held ready.
 
     Yields:
-        A batch of float32 rows a step; ``image_rows`` are those of the whole batch.
+        A batch of float32 rows a step, None for a neighbour that nobody asks for; ``image_rows``
+        are those of the whole batch.
     """
     if start >= stop:
         return
+    # Lest choices of rows wait for the steps that an accelerator has yet to do.
+    key = jax.device_put(key, _cpu())
     pairs, image, text = (_host_rows(stream, key) for stream in streams)
     sources = [
         _reader(tables.pairs_image, streams[0], shares[0]),
@@ -158,8 +216,22 @@ def stream_batches(
         chosen = pairs(step)
         wanted = (chosen, chosen, image(step), text(step))
         rows = None if streams[1].whole else np.asarray(wanted[2], np.int32)
-        batch = Batch(*(take(rows) for take, rows in zip(sources, wanted, strict=True)))
-        return batch._replace(image_rows=rows)
+        four = [take(rows) for take, rows in zip(sources, wanted, strict=True)]
+        return Batch(*four, image_rows=rows, **neighbours(step, chosen))
+
+    draw = jax.jit(drawn_neighbours)
+
+    def neighbours(step: int, chosen: np.ndarray) -> dict[str, np.ndarray]:
+        if not jax.tree.leaves(tables.neighbours):
+            return {}
+        with jax.default_device(_cpu()):
+            drawn = draw(tables.neighbours, key, step, chosen)
+        found = {}
+        for side, rows in drawn._asdict().items():
+            if rows is not None:
+                table = getattr(tables, f"neighbour_{side}")
+                found[f"neighbour_{side}"] = table.take(np.asarray(rows)[shares[0]])
+        return found
 
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     yield from grain.MapDataset.range(start, stop).map(read).to_iter_dataset(options)
@@ -181,7 +253,7 @@ def _host_rows(stream: Stream, key: Array) -> Callable[[int], np.ndarray]:
 
     @functools.lru_cache(maxsize=2)
     def order(epoch: int) -> np.ndarray:
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        with jax.default_device(_cpu()):
             return np.asarray(_order(stream, key, epoch * stream.epoch_steps))
 
     def rows(step: int) -> np.ndarray:
@@ -191,3 +263,7 @@ def _host_rows(stream: Stream, key: Array) -> Callable[[int], np.ndarray]:
         return order(epoch)[slot * stream.size : (slot + 1) * stream.size]
 
     return rows
+
+
+def _cpu() -> Any:
+    return jax.local_devices(backend="cpu")[0]

@@ -11,13 +11,22 @@ from sotalign_jax.objectives.base import Divergence, LossSettings, Objective
 from sotalign_jax.objectives.clip import CLIP
 from sotalign_jax.objectives.divergences import DIVERGENCES
 from sotalign_jax.objectives.fusemix import FuseMix
-from sotalign_jax.objectives.options import check_options, traced_names
+from sotalign_jax.objectives.nnclr import NNCLR
+from sotalign_jax.objectives.options import check_options, switch_names, traced_names
 from sotalign_jax.objectives.sail import SAIL
 from sotalign_jax.objectives.sail_semi import SAIL_SEMI
+from sotalign_jax.objectives.sclip import SCLIP
 from sotalign_jax.objectives.sotalign import SOTALIGN
 from sotalign_jax.objectives.structure import STRUCTURE
 
-__all__ = ["DIVERGENCES", "OBJECTIVES", "loss_settings", "option_tables", "traced_fields"]
+__all__ = [
+    "DIVERGENCES",
+    "OBJECTIVES",
+    "loss_settings",
+    "option_tables",
+    "switch_fields",
+    "traced_fields",
+]
 
 OBJECTIVES: dict[str, Objective] = {
     "sotalign": SOTALIGN,
@@ -25,6 +34,8 @@ OBJECTIVES: dict[str, Objective] = {
     "sail_semi": SAIL_SEMI,
     "clip": CLIP,
     "structure": STRUCTURE,
+    "sclip": SCLIP,
+    "nnclr": NNCLR,
 }
 
 
@@ -39,6 +50,13 @@ def traced_fields() -> set[str]:
     """The fields of those tables that are arguments of a compiled step, as ``table.field``."""
     return {
         f"{table}.{name}" for table, cls in option_tables().items() for name in traced_names(cls)
+    }
+
+
+def switch_fields() -> set[str]:
+    """Those of them whose zero takes another program."""
+    return {
+        f"{table}.{name}" for table, cls in option_tables().items() for name in switch_names(cls)
     }
 
 

@@ -83,10 +83,17 @@ class Reads(NamedTuple):
     Attributes:
         unpaired: the unpaired rows.
         teacher: the teacher's view of them, ``batch.teacher_image`` and ``batch.teacher_text``.
+        neighbours: one of so many nearest unpaired rows of each pair, ``batch.neighbour_image`` and
+            ``batch.neighbour_text``; 0 for none. The option ``k`` of the objective, if it has any.
+        duplicates: whether rows that equal the pair's own, or each other, are neighbours.
+        sides: of which the unpaired rows, or the neighbours, are read.
     """
 
     unpaired: bool = False
     teacher: bool = False
+    neighbours: int = 0
+    duplicates: Literal["drop", "keep"] = "drop"
+    sides: tuple[str, ...] = ("image", "text")
 
 
 def _pairs_only(config: Any) -> Reads:

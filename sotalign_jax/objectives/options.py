@@ -8,14 +8,12 @@ from typing import Any, TypeVar
 
 import jax
 
-__all__ = ["check_options", "options", "traced", "traced_names"]
-
-_TRACED = {"traced": True}
+__all__ = ["check_options", "options", "switch_names", "traced", "traced_names"]
 
 T = TypeVar("T", bound=type)
 
 
-def traced(default: float) -> Any:
+def traced(default: float, *, zero_is_none: bool = False) -> Any:
     """A number that a compiled program takes as an argument: another value compiles nothing anew.
 
     Runs that differ in nothing else can be trained together. Python cannot branch on such a field
@@ -24,11 +22,15 @@ def traced(default: float) -> Any:
 
     Args:
         default: its value.
+        zero_is_none: a configuration's 0 is None in a compiled program, which Python can branch on:
+            another program, that leaves out what has no weight.
 
     Returns:
         What a class of :func:`options` is to have as the field's default.
     """
-    return dataclasses.field(default=default, metadata=_TRACED)
+    return dataclasses.field(
+        default=default, metadata={"traced": True, "zero_is_none": zero_is_none}
+    )
 
 
 @typing.dataclass_transform(frozen_default=True, field_specifiers=(traced,))
@@ -50,6 +52,11 @@ def traced_names(cls: type) -> list[str]:
     return [field.name for field in dataclasses.fields(cls) if field.metadata.get("traced")]
 
 
+def switch_names(cls: type) -> list[str]:
+    """The traced fields of a class of :func:`options` whose zero is None."""
+    return [field.name for field in dataclasses.fields(cls) if field.metadata.get("zero_is_none")]
+
+
 def check_options(cls: type, values: dict[str, Any]) -> Any:
     """Options of concrete values.
 
@@ -58,7 +65,7 @@ def check_options(cls: type, values: dict[str, Any]) -> Any:
         values: of each of its fields, each of the field's type.
 
     Returns:
-        An instance.
+        An instance, None for the zeros that stand for it.
 
     Raises:
         ValueError: a value that is none of the field's choices, or that ``check`` refuses.
@@ -71,7 +78,8 @@ def check_options(cls: type, values: dict[str, Any]) -> Any:
     made = cls(**values)
     if hasattr(made, "check"):
         made.check()
-    return made
+    nones = {name: getattr(made, name) or None for name in switch_names(cls)}
+    return dataclasses.replace(made, **nones)
 
 
 def _is_literal(hint: Any) -> bool:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from rich.console import Console
 
 from sotalign_jax.config import Config, ConfigError
 from sotalign_jax.features import FeatureTable, Splits
@@ -21,6 +22,11 @@ from sotalign_jax.teachers import LinearTeacher
 from sotalign_jax.training.data import fit_teacher, load_splits
 from sotalign_jax.training.devices import AXIS, make_mesh, padded
 from sotalign_jax.training.distributed import broadcast
+from sotalign_jax.training.neighbours import (
+    NeighbourCache,
+    check_neighbours,
+    with_neighbours,
+)
 from sotalign_jax.training.step import OptimizerSettings, Setup, TrainState, init_state
 
 __all__ = [
@@ -33,6 +39,7 @@ __all__ = [
     "load_inputs",
     "raw_tables",
     "resident_bytes",
+    "sources",
 ]
 
 
@@ -81,12 +88,14 @@ def check_splits(config: Config, splits: Splits, reads: Reads) -> None:
     """Raises ConfigError where a run needs rows that its data does not have."""
     if config.select == "best" and splits.val is None:
         raise ConfigError("config.select: 'best' needs validation pairs, and the data has none")
-    for table in (splits.unpaired_image, splits.unpaired_text):
+    for side in reads.sides:
+        table = getattr(splits, f"unpaired_{side}")
         if reads.unpaired and not len(table):
             raise ConfigError(
                 f"config.objective: {config.objective!r} needs unpaired rows, but {table.name} has "
                 "none; give fewer pairs, more data, or objective 'sail'"
             )
+    check_neighbours(config, splits, reads)
 
 
 def build(config: Config, splits: Splits, teacher: LinearTeacher) -> tuple[Setup, TrainState, Any]:
@@ -94,12 +103,11 @@ def build(config: Config, splits: Splits, teacher: LinearTeacher) -> tuple[Setup
     aligner = init_aligner(config, splits, teacher)
     graph, params, rest = nnx.split(aligner, nnx.Param, ...)
     loss = loss_settings(config)
-    unpaired = (splits.unpaired_image, splits.unpaired_text)
-    images, texts = (len(table) if loss.reads.unpaired else 0 for table in unpaired)
+    tables = raw_tables(splits, loss.reads)
     streams = (
         Stream.of(len(splits.pairs), config.batch.pairs, 0),
-        Stream.of(images, config.batch.unpaired, 1),
-        Stream.of(texts, config.batch.unpaired, 2),
+        Stream.of(len(tables.unpaired_image), config.batch.unpaired, 1),
+        Stream.of(len(tables.unpaired_text), config.batch.unpaired, 2),
     )
     if streams[1].whole and streams[2].whole:
         # The teacher's plan is the same in every step, and solved once a dispatch; a start that
@@ -141,12 +149,48 @@ def init_aligner(config: Config, splits: Splits, teacher: LinearTeacher) -> Alig
     )
 
 
-def raw_tables(splits: Splits, *, unpaired: bool) -> Batch:
-    """The sources of a run; none of the unpaired rows for an objective that reads none."""
+def raw_tables(splits: Splits, reads: Reads) -> Batch:
+    """The sources of a run but neighbours; no unpaired rows that the objective does not read."""
     image, text = splits.unpaired_image, splits.unpaired_text
-    if not unpaired:
-        image, text = image.select([]), text.select([])
+    if not (reads.unpaired and "image" in reads.sides):
+        image = image.select([])
+    if not (reads.unpaired and "text" in reads.sides):
+        text = text.select([])
     return Batch(splits.pairs.image, splits.pairs.text, image, text)
+
+
+def sources(
+    config: Config,
+    splits: Splits,
+    setup: Setup,
+    state: TrainState,
+    rest: Any,
+    *,
+    console: Console | None = None,
+    cache: NeighbourCache | None = None,
+) -> Batch:
+    """The sources of a run, neighbours included: they are searched here.
+
+    Args:
+        config: a validated configuration.
+        splits: its rows, checked by `check_splits`.
+        setup: of the run, as are its first state and the variables that are not trained; not yet
+            on a mesh.
+        state: see ``setup``.
+        rest: see ``setup``.
+        console: where to announce a search.
+        cache: of what was found for other runs.
+
+    Raises:
+        ConfigError: a pair has fewer neighbours than asked.
+    """
+    reads = setup.loss.reads
+    tables = raw_tables(splits, reads)
+    if not reads.neighbours:
+        return tables
+    aligner = nnx.merge(setup.graph, state.params, rest)
+    found = (cache or NeighbourCache()).get(config, splits, aligner, reads, console=console)
+    return with_neighbours(tables, splits, found)
 
 
 def fits(config: Config, tables: Batch, teacher: LinearTeacher, mesh: Mesh | None = None) -> bool:
@@ -163,9 +207,13 @@ def resident_bytes(tables: Batch, teacher: LinearTeacher, mesh: Mesh | None = No
     """What the rows of a run take on each device, raw and prepared."""
     devices = 1 if mesh is None else mesh.size
 
-    def values(table: FeatureTable, projected: int = 0) -> int:
+    def values(table: FeatureTable | None, projected: int = 0) -> int:
+        if table is None:
+            return 0
         return padded(len(table), mesh) // devices * (2 * table.dim + projected)
 
     dim = teacher.image_weight.shape[1]
     total = values(tables.pairs_image) + values(tables.pairs_text)
-    return 4 * (total + values(tables.unpaired_image, dim) + values(tables.unpaired_text, dim))
+    total += values(tables.unpaired_image, dim) + values(tables.unpaired_text, dim)
+    total += values(tables.neighbour_image) + values(tables.neighbour_text)
+    return 4 * (total + sum(rows.size for rows in tables.neighbours if rows is not None))

@@ -29,6 +29,7 @@ __all__ = [
     "place",
     "place_batch",
     "place_table",
+    "place_tables",
     "place_vector",
     "put_rows",
     "replicate",
@@ -98,6 +99,17 @@ def place_table(table: FeatureTable | None, mesh: Mesh | None) -> Any:
     return table.array() if mesh is None else place(table.read, len(table), table.dim, mesh)
 
 
+def place_tables(tables: Batch, mesh: Mesh | None) -> Batch:
+    """All sources of a run on the device, or spread over the mesh; who neighbours whom everywhere.
+
+    Args:
+        tables: the sources, each a `FeatureTable`, and numbers of neighbours.
+        mesh: where to.
+    """
+    placed = (place_table(table, mesh) for table in tables[:-1])
+    return Batch(*placed, neighbours=replicate(tables.neighbours, mesh))
+
+
 def place_vector(values: Float[ArrayLike, " k"], mesh: Mesh | None) -> Float[Array, " p"]:
     """One number a row, which every process has: on the device, or spread as the rows are."""
     if mesh is None:
@@ -118,13 +130,22 @@ def place_batch(local: Batch, sizes: tuple[int, int, int], mesh: Mesh | None) ->
     """
     if mesh is None:
         return local
-    counts = (sizes[0], sizes[0], sizes[1], sizes[2])
+    pairs, images, texts = sizes
 
     def put(rows, size: int):
+        if rows is None:
+            return None
         start = share(size, mesh).start
         return place(lambda at: rows[at.start - start : at.stop - start], size, rows.shape[1], mesh)
 
-    placed = Batch(*(put(rows, size) for rows, size in zip(local, counts, strict=False)))
+    placed = Batch(
+        put(local.pairs_image, pairs),
+        put(local.pairs_text, pairs),
+        put(local.unpaired_image, images),
+        put(local.unpaired_text, texts),
+        neighbour_image=put(local.neighbour_image, pairs),
+        neighbour_text=put(local.neighbour_text, pairs),
+    )
     rows = local.image_rows
     if rows is not None:
         # Not by `replicate`: jax would have the processes compare their rows, and wait for that.

@@ -13,19 +13,19 @@ import numpy as np
 from rich.console import Console
 
 from sotalign_jax.config import Config, validate
-from sotalign_jax.features.batches import Batch, stream_batches
+from sotalign_jax.features.batches import stream_batches
 from sotalign_jax.training.build import (
     Inputs,
     build,
     check_splits,
     fits,
     load_inputs,
-    raw_tables,
+    sources,
 )
 from sotalign_jax.training.devices import (
     local_copy,
     place_batch,
-    place_table,
+    place_tables,
     replicate,
     share,
 )
@@ -36,6 +36,7 @@ from sotalign_jax.training.distributed import (
     together,
 )
 from sotalign_jax.training.metrics import make_console
+from sotalign_jax.training.neighbours import NeighbourCache
 from sotalign_jax.training.record import Record, evaluate_teacher
 from sotalign_jax.training.step import (
     TrainState,
@@ -105,6 +106,7 @@ def train_in(
     inputs: Inputs | None,
     watch: PreemptionWatch,
     began: float,
+    cache: NeighbourCache | None = None,
 ) -> dict[str, Any]:
     """`train` of a validated configuration in a directory that the caller has locked."""
     quiet = quiet or jax.process_index() != 0
@@ -116,15 +118,16 @@ def train_in(
     # ---- model, optimiser, streams
     setup, state, rest = build(config, splits, teacher)
     check_splits(config, splits, setup.loss.reads)
+    said = None if quiet else console
+    tables = sources(config, splits, setup, state, rest, console=said, cache=cache)
     home.start(config)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     mesh = setup.mesh
     state = place_state(state, mesh)
     fixed, projector, key = replicate((rest, teacher, key), mesh)
-    tables = raw_tables(splits, unpaired=setup.loss.reads.unpaired)
     resident = fits(config, tables, teacher, mesh)
     if resident:
-        raw = Batch(*(place_table(table, mesh) for table in tables))
+        raw = place_tables(tables, mesh)
         tables = jax.jit(prepare)(setup, state.params, fixed, projector, raw)
         del raw
 

@@ -24,20 +24,21 @@ from rich.console import Console
 
 from sotalign_jax.config import Config, flatten, validate
 from sotalign_jax.features.batches import Batch
-from sotalign_jax.objectives import traced_fields
+from sotalign_jax.objectives import switch_fields, traced_fields
 from sotalign_jax.training.build import (
     InputCache,
     Inputs,
     build,
     check_splits,
     fits,
-    raw_tables,
     resident_bytes,
+    sources,
 )
-from sotalign_jax.training.devices import place_table
+from sotalign_jax.training.devices import place_tables
 from sotalign_jax.training.distributed import Preempted, PreemptionWatch, together
 from sotalign_jax.training.loop import train, train_in
 from sotalign_jax.training.metrics import ProgressBar, make_console
+from sotalign_jax.training.neighbours import NeighbourCache
 from sotalign_jax.training.record import Record, evaluate_teacher
 from sotalign_jax.training.step import Setup, TrainState, prepare, run_steps
 from sotalign_jax.training.workdir import Workdir, read_json
@@ -83,7 +84,8 @@ def together_key(config: Config) -> str:
         for name, value in flat.items()
         if name not in free and not name.startswith(_FREE_TABLES)
     }
-    return repr(sorted((kept | {name: flat[name] == 0 for name in _SWITCHES}).items()))
+    switches = switch_fields().union(_SWITCHES)
+    return repr(sorted((kept | {name: flat[name] == 0 for name in switches}).items()))
 
 
 def train_many(
@@ -155,9 +157,17 @@ def train_many(
                 else:
                     stack.enter_context(home.locked())
                     runs.append((number, config, home))
-            cache = InputCache()
+            cache, near = InputCache(), NeighbourCache()
+            said = None if quiet else console
             opened = [
-                _Run(n, config, home, cache.get(config) if inputs is None else inputs[n])
+                _Run(
+                    n,
+                    config,
+                    home,
+                    cache.get(config) if inputs is None else inputs[n],
+                    said,
+                    near,
+                )
                 for n, config, home in runs
             ]
             for group in _groups(opened):
@@ -175,14 +185,24 @@ def _or_error(run: Callable[[], Results]) -> Results | FloatingPointError:
 class _Run:
     """A run before its first step, without a mesh: one device has all of its rows."""
 
-    def __init__(self, number: int, config: Config, home: Workdir, inputs: Inputs):
+    def __init__(
+        self,
+        number: int,
+        config: Config,
+        home: Workdir,
+        inputs: Inputs,
+        console: Console | None,
+        near: NeighbourCache,
+    ):
         self.number, self.config, self.home, self.inputs = number, config, home, inputs
+        self.near = near
         on_one: Config = config.copy_and_resolve_references()
         on_one.mesh.devices = 1
         self.setup, self.state, self.rest = build(on_one, *inputs)
-        reads = self.setup.loss.reads
-        check_splits(config, inputs.splits, reads)
-        self.tables = raw_tables(inputs.splits, unpaired=reads.unpaired)
+        check_splits(config, inputs.splits, self.setup.loss.reads)
+        self.tables = sources(
+            config, inputs.splits, self.setup, self.state, self.rest, console=console, cache=near
+        )
         self.record = Record(config, home, inputs, self.setup, self.rest)
 
     @property
@@ -236,7 +256,7 @@ def _train_group(
         (run,) = runs
         run.record.close()
         alone = functools.partial(
-            train_in, run.config, run.home, console, quiet, run.inputs, watch, began
+            train_in, run.config, run.home, console, quiet, run.inputs, watch, began, run.near
         )
         done(run.number, _or_error(alone))
         return
@@ -392,7 +412,7 @@ def _prepared(runs: list[_Run]) -> list[tuple[Any, Batch]]:
             if inputs is run.inputs and _equal(one[0], run.rest):
                 break
         else:
-            raw = Batch(*(place_table(table, None) for table in run.tables))
+            raw = place_tables(run.tables, None)
             tables = program(run.setup, run.state.params, run.rest, run.inputs.teacher, raw)
             one = (run.rest, tables)
             known.append((run.inputs, one))

@@ -19,6 +19,7 @@ from sotalign_jax.features.batches import (
     Stream,
     advance,
     batch_rows,
+    drawn_neighbours,
     first_order,
     step_key,
 )
@@ -169,7 +170,8 @@ class TrainState(NamedTuple):
 _SAME: Any = PartitionSpec()
 _ROWS: Any = PartitionSpec(AXIS)
 _STATE: Any = TrainState(_SAME, _SAME, _SAME, RowPotentials(_ROWS, _ROWS))
-_RAW: Any = Batch(_ROWS, _ROWS, _ROWS, _ROWS, image_rows=_SAME)
+_TABLES: Any = Batch(*[_ROWS] * (len(Batch._fields) - 1), neighbours=_SAME)
+_RAW: Any = _TABLES._replace(image_rows=_SAME)
 
 
 def init_state(setup: Setup, params: Variables) -> TrainState:
@@ -205,6 +207,7 @@ def prepare(
     """Raw rows as a step reads them: preprocessed for the aligner, projected by the teacher."""
     aligner: Aligner = nnx.merge(setup.graph, params, rest)
     wanted = setup.loss.reads.teacher
+    near_image, near_text = raw.neighbour_image, raw.neighbour_text
     return Batch(
         aligner.preprocess_image(raw.pairs_image),
         aligner.preprocess_text(raw.pairs_text),
@@ -213,6 +216,9 @@ def prepare(
         teacher.project_image(raw.unpaired_image) if wanted else None,
         teacher.project_text(raw.unpaired_text) if wanted else None,
         raw.image_rows,
+        None if near_image is None else aligner.preprocess_image(near_image),
+        None if near_text is None else aligner.preprocess_text(near_text),
+        raw.neighbours,
     )
 
 
@@ -284,7 +290,7 @@ def run_resident(
     Returns:
         The state after ``length`` steps, and the metrics of each of them, stacked.
     """
-    steps = setup.spread(functools.partial(run_steps, length), _SAME, _ROWS, _SAME)
+    steps = setup.spread(functools.partial(run_steps, length), _SAME, _TABLES, _SAME)
     return steps(setup, state, rest, tables, key)
 
 
@@ -311,12 +317,15 @@ def run_steps(
             for stream, order in zip(setup.streams, orders, strict=True)
         }
 
+        near = drawn_neighbours(tables.neighbours, key, step, rows[pairs.number])
+
         def take(table, stream: Stream):
-            if table is None or stream.whole:
-                return table
-            if setup.mesh is None:
-                return jnp.take(table, rows[stream.number], axis=0)
-            return take_rows(table, rows[stream.number])
+            return table if stream.whole else take_these(table, rows[stream.number])
+
+        def take_these(table, rows):
+            if table is None:
+                return None
+            return jnp.take(table, rows, axis=0) if setup.mesh is None else take_rows(table, rows)
 
         return orders, Batch(
             take(tables.pairs_image, pairs),
@@ -326,6 +335,8 @@ def run_steps(
             take(tables.teacher_image, image),
             take(tables.teacher_text, text),
             None if image.whole else rows[image.number],
+            take_these(tables.neighbour_image, near.image),
+            take_these(tables.neighbour_text, near.text),
         )
 
     orders = tuple(first_order(stream, key, state.step) for stream in setup.streams)

@@ -335,7 +335,7 @@ def test_rows_are_resident_where_what_one_device_holds_fits(devices):
     config = validate(tiny(data__n_unpaired=250, mesh__devices=devices))
     splits, teacher = loop.load_inputs(config)
     setup, _, _ = build.build(config, splits, teacher)
-    tables = build.raw_tables(splits, unpaired=True)
+    tables = build.raw_tables(splits, setup.loss.reads)
     pairs, unpaired = {1: (64, 250), 3: (22, 84), 8: (8, 32)}[devices]
     needed = 4 * (pairs * 2 * (256 + 192) + unpaired * (2 * (256 + 192) + 2 * 8)) / 2**30
     for gib, expected in ((needed, True), (needed * 0.999, False)):
