@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import reference
+from flax import nnx
 from tiny_runs import tiny
 
 from sotalign_jax.config import validate
-from sotalign_jax.features.batches import Batch, stream_batches
-from sotalign_jax.training.build import build, load_inputs
+from sotalign_jax.features.batches import batch_rows, first_order, stream_batches
+from sotalign_jax.training.build import build, load_inputs, sources
+from sotalign_jax.training.devices import place_tables
 from sotalign_jax.training.step import prepare, run_resident, run_streamed
 
 SIDES = ("image", "text")
@@ -23,13 +25,15 @@ class Run:
 
     def __init__(self, config):
         self.config = validate(config)
-        splits, self.teacher = load_inputs(self.config)
-        self.setup, self.first, self.rest = build(self.config, splits, self.teacher)
-        self.tables = Batch(
-            splits.pairs.image, splits.pairs.text, splits.unpaired_image, splits.unpaired_text
-        )
-        self.raw = Batch(*(None if table is None else table.array() for table in self.tables))
+        self.splits, self.teacher = load_inputs(self.config)
+        self.setup, self.first, self.rest = build(self.config, self.splits, self.teacher)
+        self.tables = sources(self.config, self.splits, self.setup, self.first, self.rest)
+        self.raw = place_tables(self.tables, None)
         self.key = jax.random.key(3)
+
+    def aligner(self):
+        """The aligner before the first step."""
+        return nnx.merge(self.setup.graph, self.first.params, self.rest)
 
     @functools.cached_property
     def prepared(self):
@@ -76,7 +80,7 @@ def named(params):
 
 
 def prepared_rows(run, kind, side):
-    """The raw rows of ``"pairs"`` or ``"unpaired"`` of a side as its layer takes them, float64."""
+    """The rows of ``"pairs"``, say, of a side as its layer takes them, in float64."""
     rows = reference.unit(getattr(run.raw, f"{kind}_{side}"))
     columns = getattr(run.teacher, f"{side}_columns")
     if columns is not None:
@@ -92,6 +96,14 @@ def layer(params, side, rows):
         rows = rows / np.sqrt((rows**2).mean(1, keepdims=True) + 1e-5)
         rows = rows * params[f"{side}.layer_norm.scale"] + params[f"{side}.layer_norm.bias"]
     return rows @ params[f"{side}.linear.kernel"] + params[f"{side}.linear.bias"]
+
+
+def drawn(run, step=0):
+    """Which pairs, unpaired images and unpaired texts are in the batch of a step."""
+    return [
+        np.asarray(batch_rows(stream, first_order(stream, run.key, step), step))
+        for stream in run.setup.streams
+    ]
 
 
 def embedded(run, params, kind):

@@ -69,7 +69,8 @@ def mixtures(fusemix: FuseMix | None, pairs: int) -> int:
 def mixed(batch: Batch, pairs: int, settings: LossSettings, key: Array) -> Batch:
     """A prepared batch with mixtures of its pairs in their place; unpaired rows are not mixed.
 
-    On a mesh the pairs travel to every device once more: a mixture is of rows of two devices.
+    A neighbour of each pair, where there is one, is mixed as the pair is. On a mesh the pairs
+    travel to every device once more: a mixture is of rows of two devices.
 
     Args:
         batch: rows as the aligner gets them, on a mesh this device's share.
@@ -83,12 +84,25 @@ def mixed(batch: Batch, pairs: int, settings: LossSettings, key: Array) -> Batch
     how = settings.fusemix
     if how is None:
         return batch
-    image, text = fusemix(
-        jax.random.fold_in(key, _KEY_NUMBER),
-        whole(batch.pairs_image, settings)[:pairs],
-        whole(batch.pairs_text, settings)[:pairs],
-        alpha=how.alpha,
-        partners=how.partners,
-        per_row=how.per_row,
+
+    def mix(image: Array, text: Array) -> tuple[Array, Array]:
+        image, text = fusemix(
+            jax.random.fold_in(key, _KEY_NUMBER),
+            whole(image, settings)[:pairs],
+            whole(text, settings)[:pairs],
+            alpha=how.alpha,
+            partners=how.partners,
+            per_row=how.per_row,
+        )
+        return share(image, settings), share(text, settings)
+
+    def alike(rows: Array | None) -> Array | None:
+        return None if rows is None else mix(rows, rows)[0]
+
+    image, text = mix(batch.pairs_image, batch.pairs_text)
+    return batch._replace(
+        pairs_image=image,
+        pairs_text=text,
+        neighbour_image=alike(batch.neighbour_image),
+        neighbour_text=alike(batch.neighbour_text),
     )
-    return batch._replace(pairs_image=share(image, settings), pairs_text=share(text, settings))

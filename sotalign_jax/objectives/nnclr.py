@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import jax
@@ -28,7 +29,7 @@ __all__ = ["NNCLR", "NeighbourOptions"]
 
 @options
 class NeighbourOptions:
-    """Options of ``nnclr``.
+    """The table ``config.nnclr``.
 
     Attributes:
         k: the neighbour of a step is one of so many nearest, each as likely. Grid: 1, 5, 10.
@@ -47,13 +48,14 @@ class NeighbourOptions:
     duplicates: Literal["drop", "keep"] = "drop"
 
     def check(self) -> None:
-        """Raises ValueError for values out of range."""
         if self.k < 1:
             raise ValueError(f"k: must be at least 1, got {self.k}")
         weights = ("text_weight", "image_weight", "base_weight")
         for name in weights:
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: must not be negative, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"{name}: must be finite and not negative, got {getattr(self, name)}"
+                )
         if not any(getattr(self, name) for name in weights):
             raise ValueError("base_weight: must be positive where the other weights are 0, got 0")
 

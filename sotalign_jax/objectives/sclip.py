@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import jax
@@ -19,6 +20,7 @@ from sotalign_jax.objectives.base import (
     Reads,
     block,
     counts,
+    no_prior,
     whole,
 )
 from sotalign_jax.objectives.options import options, traced
@@ -30,7 +32,7 @@ _SIDES = {"both": ("image", "text"), "image": ("image",), "text": ("text",)}
 
 @options
 class SClipOptions:
-    """Options of ``sclip``.
+    """The table ``config.sclip``.
 
     Attributes:
         labels: what the pseudo-labels are: the most similar pair (``"hard"``), a softmax over the
@@ -57,10 +59,11 @@ class SClipOptions:
     iterations: int = 10
 
     def check(self) -> None:
-        """Raises ValueError for values out of range."""
         for name in ("image_weight", "text_weight", "label_scale", "iterations"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: must not be negative, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"{name}: must be finite and not negative, got {getattr(self, name)}"
+                )
 
 
 def _sclip(
@@ -152,8 +155,4 @@ def _reads(config: Any) -> Reads:
     return Reads(unpaired=True, sides=_SIDES[config.sclip.sides])
 
 
-def _no_prior(settings: LossSettings, pairs: int, images: int, texts: int) -> None:
-    del settings, pairs, images, texts
-
-
-SCLIP = Objective(_sclip, options=SClipOptions, reads=_reads, prior=_no_prior)
+SCLIP = Objective(_sclip, options=SClipOptions, reads=_reads, prior=no_prior)
