@@ -41,9 +41,9 @@ class NeighbourOptions:
     """
 
     k: int = 5
-    text_weight: Any = traced(1.0, zero_is_none=True)
-    image_weight: Any = traced(1.0, zero_is_none=True)
-    base_weight: Any = traced(1.0, zero_is_none=True)
+    text_weight: Any = traced(default=1.0, zero_is_none=True)
+    image_weight: Any = traced(default=1.0, zero_is_none=True)
+    base_weight: Any = traced(default=1.0, zero_is_none=True)
     stop_gradient: bool = False
     duplicates: Literal["drop", "keep"] = "drop"
 

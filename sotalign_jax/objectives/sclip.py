@@ -53,9 +53,9 @@ class SClipOptions:
     labels: Literal["hard", "soft", "ot"] = "ot"
     space: Literal["unimodal", "joint"] = "unimodal"
     sides: Literal["both", "image", "text"] = "both"
-    image_weight: Any = traced(1.0, zero_is_none=True)
-    text_weight: Any = traced(1.0, zero_is_none=True)
-    label_scale: Any = traced(0.0, zero_is_none=True)
+    image_weight: Any = traced(default=1.0, zero_is_none=True)
+    text_weight: Any = traced(default=1.0, zero_is_none=True)
+    label_scale: Any = traced(default=0.0, zero_is_none=True)
     iterations: int = 10
 
     def check(self) -> None:

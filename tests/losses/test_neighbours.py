@@ -114,6 +114,27 @@ class TestNearestNeighbours:
             found = nearest_neighbours(jnp.asarray(query), form, 3, block=16)
             np.testing.assert_array_equal(found.rows, truth.rows)
 
+    def test_a_table_that_gives_slices_and_a_view_of_rows(self):
+        query, table = draw()
+        table[9] = table[4] = query[0]
+        shift = np.float32([[1, 2, 0, 0, 3]])
+
+        class OnDisk:
+            shape = table.shape
+
+            def __getitem__(self, index):
+                return table[index]
+
+        found = nearest_neighbours(query, OnDisk(), 3, view=lambda rows: rows + shift, block=16)
+        cosines = reference.cosines(query + shift, table + shift)
+        _, plain = neighbours_in_numpy(query, table, 3)  # whose are duplicates
+        cosines = np.where(np.isinf(plain), -np.inf, cosines)
+        truth = np.argsort(-cosines, axis=1, kind="stable")[:, :3]
+        np.testing.assert_array_equal(found.rows, truth)
+        np.testing.assert_allclose(
+            found.cosines, np.take_along_axis(cosines, truth, 1), rtol=1e-5, atol=1e-6
+        )
+
     def test_blocks_bound_the_memory(self):
         q, block, k = 211, 16, 3
         best = Neighbours(jnp.zeros((q, k), jnp.int32), jnp.zeros((q, k)))
@@ -258,6 +279,27 @@ class TestNeighbourSiglip:
         truth = neighbour_in_numpy(*parts, (1.0, 1.0), 20.0, -10.0)
         truth *= 13 if normalization == "rows" else 1
         np.testing.assert_allclose(jax.jit(sharded)(*padded, mask), truth, rtol=1e-5)
+
+    def test_weights_of_a_program(self):
+        parts = pairs()
+
+        @jax.jit
+        def loss(weights):
+            image, text, *near = parts
+            return neighbour_siglip(
+                image,
+                text,
+                text_neighbour=near[0],
+                image_neighbour=near[1],
+                text_weight=weights[0],
+                image_weight=weights[1],
+                scale=7.0,
+                bias=-2.0,
+            )
+
+        for weights in ((0.1, 10.0), (0.0, 1.0)):
+            truth = neighbour_in_numpy(*parts, weights)
+            np.testing.assert_allclose(loss(weights), truth, rtol=1e-5)
 
     def test_vmap_jit_and_dtypes(self):
         batches = [pairs(seed=seed) for seed in range(3)]

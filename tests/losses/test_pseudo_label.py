@@ -7,6 +7,8 @@ import pytest
 import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from sotalign_jax.losses import info_nce_divergence, pseudo_label, pseudo_label_targets
 
@@ -49,6 +51,20 @@ def published_plan(cosines, scale, iterations=10):
 def pseudo_label_in_numpy(unpaired, partners, targets, scale):
     scores = scale * reference.cosines(unpaired, partners)
     return -np.mean(np.sum(targets * (scores - reference.logsumexp(scores, 1)[:, None]), 1))
+
+
+def check_gradients(gradients, truth, start):
+    """Slopes along random directions, against central differences of ``truth`` in float64."""
+    start = [np.asarray(part, np.float64) for part in start]
+    for at, gradient in enumerate(gradients):
+        direction = np.random.default_rng(9).normal(size=start[at].shape)
+        ends = []
+        for step in (1e-5, -1e-5):
+            moved = list(start)
+            moved[at] = start[at] + step * direction
+            ends.append(truth(*moved))
+        found = np.sum(np.asarray(gradient, np.float64) * direction)
+        np.testing.assert_allclose(found, (ends[0] - ends[1]) / 2e-5, rtol=2e-3, atol=1e-5)
 
 
 class TestTargets:
@@ -138,19 +154,55 @@ class TestPseudoLabel:
         value, gradients = jax.value_and_grad(loss, tuple(range(5)))(*inputs)
         np.testing.assert_allclose(value, truth(*parts[:2], scale), rtol=1e-4)
         # The scale moves the logits alone: that of the targets is a constant.
-        moving = [parts[0].astype(np.float64), parts[1].astype(np.float64), np.float64(scale)]
-        for at, gradient in enumerate((gradients[0], gradients[1], gradients[4])):
-            direction = np.random.default_rng(9).normal(size=np.shape(moving[at]))
-            ends = []
-            for sign in (1, -1):
-                moved = list(moving)
-                moved[at] = moving[at] + sign * 1e-5 * direction
-                ends.append(truth(*moved))
-            slope = (ends[0] - ends[1]) / 2e-5
-            found = np.sum(np.asarray(gradient, np.float64) * direction)
-            np.testing.assert_allclose(found, slope, rtol=2e-3, atol=1e-5)
+        check_gradients((gradients[0], gradients[1], gradients[4]), truth, (*parts[:2], scale))
         for gradient in gradients[2:4]:
             np.testing.assert_array_equal(gradient, 0.0)
+
+    @pytest.mark.parametrize("labels,devices", [("ot", 1), ("ot", 4), ("hard", 4)])
+    def test_padding_blocks_and_devices(self, labels, devices):
+        """Blocks divide neither the rows nor those of a device; some pairs do not count."""
+        unpaired, partners, *views = draw(u=13)
+        targets = targets_in_numpy(*views, labels, 10.0, 10)
+        spread = [np.pad(rows, ((0, 3), (0, 0))) for rows in (unpaired, views[0])]
+        whole = [np.concatenate([rows, 2 * rows[:3]]) for rows in (partners, views[1])]
+
+        def local(unpaired, view, mask, partners, scale):
+            return pseudo_label(
+                unpaired,
+                partners,
+                view,
+                whole[1],
+                labels=labels,
+                scale=scale,
+                iterations=10,
+                unpaired_mask=mask,
+                paired_mask=np.arange(9) < 6,
+                block=3 if labels == "hard" or devices == 1 else None,
+                axis_name="r" if devices > 1 else None,
+            )
+
+        loss, rows, same = local, P("r"), P()
+        if devices > 1:
+            mesh = jax.make_mesh((devices,), ("r",), axis_types=(AxisType.Auto,))
+            specs = (rows, rows, rows, same, same)
+            loss = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=same)
+        value, (unpaired_gradient, partners_gradient, scale_gradient) = jax.jit(
+            jax.value_and_grad(loss, (0, 3, 4))
+        )(*spread, np.arange(16) < 13, whole[0], jnp.float32(10.0))
+        truth = pseudo_label_in_numpy(unpaired, partners, targets, 10.0)
+        np.testing.assert_allclose(value, truth, rtol=1e-4)
+        assert not unpaired_gradient[13:].any() and not partners_gradient[6:].any()
+        check_gradients(
+            (unpaired_gradient[:13], partners_gradient[:6], scale_gradient),
+            lambda *moved: pseudo_label_in_numpy(*moved[:2], targets, moved[2]),
+            (unpaired, partners, 10.0),
+        )
+
+    def test_blocks_hold_no_matrix(self):
+        parts = draw(u=211, n=157)
+        program = jax.jit(jax.grad(lambda *p: pseudo_label(*p, iterations=10, block=16)))
+        compiled = program.lower(*parts).compile().as_text()
+        assert "[16,157]" in compiled and "[211,157]" not in compiled
 
     @pytest.mark.parametrize("labels", KINDS)
     def test_joint_space_is_a_view_without_gradient(self, labels):
@@ -227,6 +279,8 @@ class TestPseudoLabel:
             ),
             (None, {"scale": 0.0}, "^scale must be positive"),
             (None, {"label_scale": -1.0}, "label_scale must be positive"),
+            (None, {"block": 0}, "block must be at least 1, got 0"),
+            (None, {"precision": "float16"}, "precision must be"),
             (None, {"iterations": 0}, "iterations"),
             (None, {"threshold": -1.0}, "threshold"),
         ],

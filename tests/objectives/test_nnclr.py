@@ -5,6 +5,7 @@ import functools
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
@@ -34,6 +35,7 @@ from sotalign_jax.features.batches import (
 from sotalign_jax.losses import choose_neighbours
 from sotalign_jax.objectives import OBJECTIVES
 from sotalign_jax.objectives.base import Moment, Reads
+from sotalign_jax.objectives.fusemix import FuseMix, mixed
 from sotalign_jax.training import neighbours, train
 from sotalign_jax.training.neighbours import NeighbourCache, find_neighbours
 
@@ -235,6 +237,19 @@ def test_a_draw_is_that_of_its_step_pair_and_side():
     # The choice of the loss that others import, at a key that nothing else of a step has.
     choice = step_key(jax.random.fold_in(key, 1_001), 7)
     np.testing.assert_array_equal(first.image, choose_neighbours(choice, table[pairs]))
+
+
+def test_neighbours_of_mixed_pairs_are_mixed_alike():
+    run = plain()
+    settings = dataclasses.replace(run.setup.loss, fusemix=FuseMix(1.0, "halves", True))
+    rows = jax.random.normal(jax.random.key(0), (3, 8, 2))
+    batch = run.prepared._replace(
+        pairs_image=rows[0], pairs_text=rows[1], neighbour_text=jnp.tile(rows[0], (1, 3))
+    )
+    seen = mixed(batch, 8, settings, run.key)
+    assert seen.neighbour_image is None
+    np.testing.assert_array_equal(seen.neighbour_text, jnp.tile(seen.pairs_image, (1, 3)))
+    assert np.abs(seen.pairs_image - rows[0, :4]).max() > 0.1
 
 
 # ---- in a run

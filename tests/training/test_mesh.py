@@ -67,6 +67,31 @@ CASES = {
             "data__resident": "never",
         },
     ),
+    "sclip": (3, {"objective": "sclip"}),
+    "sclip, by blocks, joint space": (
+        4,
+        {"objective": "sclip", "sclip__space": "joint", "loss__memory": "streamed"},
+    ),
+    "sclip, hard labels of texts, rows from disk": (
+        3,
+        {
+            "objective": "sclip",
+            "sclip__labels": "hard",
+            "sclip__sides": "text",
+            "data__resident": "never",
+        },
+    ),
+    "nnclr": (4, {"objective": "nnclr"}),
+    "nnclr, mixtures, rows from disk": (
+        3,
+        {
+            "objective": "nnclr",
+            "nnclr__stop_gradient": True,
+            "fusemix__alpha": 1.0,
+            "batch__pairs": 46,
+            "data__resident": "never",
+        },
+    ),
     "structure by levels": (4, {"objective": "structure", "structure__levels": 2}),
     "sail_semi, mixtures of rolled pairs": (
         4,
@@ -86,6 +111,7 @@ SAMPLE = (
     "sail_semi",
     "cka",
     "structure, mixtures, rows from disk",
+    "nnclr",
 )
 
 
