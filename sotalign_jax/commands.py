@@ -27,6 +27,7 @@ USAGE = """sotalign: semi-supervised alignment of frozen image and text encoders
 
   sotalign train       --config=FILE.py --workdir=DIR    train an aligner; the same again resumes
   sotalign compare     --config=FILE.py --workdir=DIR    train methods on several seeds, one table
+  sotalign sweep run   FILE.py --workdir=DIR             many runs; then: status, table, plot
   sotalign evaluate    --workdir=DIR [--image=F --text=F] [--out=FILE.json]    retrieval
   sotalign embed       --workdir=DIR [--image=F] [--text=F] [--out=DIR]    features to embeddings
   sotalign fit-teacher --config=FILE.py --out=DIR        the linear teacher alone, as an aligner

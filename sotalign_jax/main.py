@@ -5,7 +5,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sotalign_jax import commands
+from sotalign_jax import commands, sweep_commands
 from sotalign_jax.config import explain
 from sotalign_jax.training.distributed import Preempted, left_to_first, quick_end
 
@@ -23,6 +23,7 @@ COMMANDS = {
     "diagnose": lambda: commands.diagnose(_needed(_CONFIG), _OUT.value),
     "fit-teacher": lambda: commands.fit_teacher(_needed(_CONFIG), _needed(_OUT)),
 }
+WORDS = {"inspect": commands.inspect, "sweep": sweep_commands.sweep}  # commands that take words
 
 
 def _needed(flag):
@@ -34,11 +35,11 @@ def _needed(flag):
 def _main(argv: list[str]) -> int:
     name, *paths = argv[1:]
     try:
-        if name == "inspect":
-            commands.inspect(paths)
-        elif paths:
+        if name in WORDS:
+            return WORDS[name](paths) or 0
+        if paths:
             raise ValueError(f"{paths[0]}: unexpected; flags are written --name=value")
-        elif name not in ("train", "compare") and (other := left_to_first()):
+        if name not in ("train", "compare") and (other := left_to_first()):
             print(f"sotalign {name}: left to process 0 of {other.process_count} ({other.method})")
         else:
             COMMANDS[name]()
@@ -53,7 +54,7 @@ def _main(argv: list[str]) -> int:
 
 def _parse(argv: list[str]) -> list[str]:
     try:
-        rest = flags.FLAGS(argv)
+        rest = flags.FLAGS(sweep_commands.with_config_flag(argv))
         if _CONFIG.value is not None:
             _CONFIG.value.items()  # a config file that was not found fails when it is first used
     except Exception as error:  # a config file is a program: anything may come out of it
@@ -71,7 +72,7 @@ def _report(name: str, what: str, message: str, status: int) -> int:
 def run() -> None:
     """Entry point of the ``sotalign`` command."""
     command = sys.argv[1] if len(sys.argv) > 1 else ""
-    if command not in (*COMMANDS, "inspect"):
+    if command not in (*COMMANDS, *WORDS):
         print(commands.USAGE)
         sys.exit(0 if command in ("", "help", "-h", "--help") else 2)
     with quick_end():

@@ -21,7 +21,7 @@ from sotalign_jax.config import ConfigError, differences
 from sotalign_jax.files import replace_text
 from sotalign_jax.training.distributed import together
 
-__all__ = ["Workdir", "provenance", "write_json"]
+__all__ = ["NO_MATTER", "InUse", "Workdir", "lock", "provenance", "read_json", "write_json"]
 
 _PACKAGES = (
     "jax",
@@ -38,7 +38,38 @@ _PACKAGES = (
 
 # Fields that say what is compared or watched, and where a run is computed: none changes what comes
 # of it, and they may differ on a restart.
-_NO_MATTER = ("compare.", "metrics.", "mesh.")
+NO_MATTER = ("compare.", "metrics.", "mesh.")
+
+
+class InUse(ConfigError):
+    """Another process is at work in the directory."""
+
+
+@contextlib.contextmanager
+def lock(path: Path, *, shared: bool = False) -> Iterator[bool]:
+    """Holds a lock file inside a ``with``; it ends with the process at the latest.
+
+    Args:
+        path: the file, made if absent.
+        shared: others may hold it shared at the same time.
+
+    Yields:
+        False where another process holds it. True on systems without such locks.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        yield True
+        return
+    with open(path, "a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:  # a file system without locks
+            pass
+        yield True
 
 
 class Workdir:
@@ -66,7 +97,7 @@ class Workdir:
             changed = [
                 line
                 for line in differences(read_json(recorded), new)
-                if not line.startswith(_NO_MATTER)
+                if not line.startswith(NO_MATTER)
             ]
             if changed:
                 shown = "; ".join(changed[:5]) + ("; ..." if len(changed) > 5 else "")
@@ -110,26 +141,17 @@ class Workdir:
         Of the processes of one run, the first holds the lock.
 
         Raises:
-            ConfigError: another run is at work here.
+            InUse: another run is at work here.
         """
         if jax.process_index() != 0:
             yield
             return
-        try:
-            import fcntl
-        except ImportError:  # not a POSIX system: no such lock
-            yield
-            return
-        with open(self.path / ".lock", "w", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(
+        with lock(self.path / ".lock") as held:
+            if not held:
+                raise InUse(
                     f"workdir: another process is at work in {self.path}; wait for it, or give "
                     "another workdir"
-                ) from None
-            except OSError:  # a file system without locks
-                pass
+                )
             yield
 
     @property
