@@ -240,7 +240,7 @@ def validate(config: Config) -> Config:
             raise ConfigError(f"config.{name}: {_unknown(name, known)}")
         if isinstance(value, ml_collections.ConfigDict):
             continue
-        _assign(complete, name, value)
+        _assign(complete, name, type(known[name]), value)
     for table in ("methods", "grids"):
         given = config.get("compare", {}).get(table, {})
         with complete.compare.unlocked():
@@ -271,11 +271,10 @@ def _check_method(path: str, fields: Any, *, grid: bool) -> None:
         if grid and (not isinstance(value, tuple | list) or not value):
             raise ConfigError(f"{path}.{name}: must be a tuple of values to try, got {value!r}")
         for one in value if grid else (value,):
-            _assign(trial, name, one, path=f"{path}.")
+            _assign(trial, name, type(known[name]), one, path=f"{path}.")
 
 
-def _assign(config: Config, name: str, value: Any, path: str = "config.") -> None:
-    expected = type(flatten(config)[name])
+def _assign(config: Config, name: str, expected: type, value: Any, path: str = "config.") -> None:
     try:
         # ConfigDict would take None, and True as a number.
         if value is None or (isinstance(value, bool) and expected is not bool):

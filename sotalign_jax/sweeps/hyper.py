@@ -36,7 +36,7 @@ LABEL = "label."
 Fields = dict[str, Any]
 
 
-def sweep(field: str, values: Iterable[Any]) -> list[Fields]:
+def sweep(field: str, values: Any) -> list[Fields]:
     """One field at each of several values.
 
     Args:
@@ -87,7 +87,7 @@ def fixed(field: str | Mapping[str, Any] | None = None, *value: Any, **fields: A
     return [_merged("fixed", [point, {name: _plain(one) for name, one in fields.items()}])]
 
 
-def product(*parts: list[Fields]) -> list[Fields]:
+def product(*parts: Any) -> list[Fields]:
     """Every combination of a point of each part; the last part varies fastest.
 
     Args:
@@ -103,7 +103,7 @@ def product(*parts: list[Fields]) -> list[Fields]:
     return [_merged("product", points) for points in itertools.product(*parts)]
 
 
-def zip(*parts: list[Fields]) -> list[Fields]:
+def zip(*parts: Any) -> list[Fields]:
     """The first points of all parts together, then the second ones, and so on.
 
     Args:
@@ -122,7 +122,7 @@ def zip(*parts: list[Fields]) -> list[Fields]:
     return [_merged("zip", points) for points in builtins.zip(*parts, strict=True)]
 
 
-def chain(*parts: list[Fields]) -> list[Fields]:
+def chain(*parts: Any) -> list[Fields]:
     """The points of all parts, one part after another.
 
     Args:

@@ -17,7 +17,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sotalign_jax.config import Config, ConfigError, flatten, validate
+from sotalign_jax.config import (
+    Config,
+    ConfigError,
+    default_config,
+    differences,
+    flatten,
+    validate,
+)
 from sotalign_jax.sweeps import hyper
 from sotalign_jax.sweeps.hyper import LABEL, Fields
 from sotalign_jax.sweeps.layout import Layout
@@ -163,9 +170,15 @@ def base_config(sweep_file: str, path: str, arg: str | None = None) -> Config:
 def run_key(config: Config) -> str:
     """Twelve hexadecimal digits of a validated configuration, the same for the same outcome.
 
-    Fields that do not change what comes of a run (``compare``, ``metrics``, ``mesh``) do not count.
+    Fields that do not change what comes of a run (``compare``, ``metrics``, ``mesh``) do not count,
+    nor do those that have their default: a later version with further fields knows its runs again.
     """
-    fields = {k: v for k, v in flatten(config).items() if not f"{k}.".startswith(NO_MATTER)}
+    defaults = flatten(default_config())
+    fields = {
+        name: value
+        for name, value in flatten(config).items()
+        if not f"{name}.".startswith(NO_MATTER) and value != defaults[name]
+    }
     text = json.dumps(fields, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -247,7 +260,11 @@ class SweepDir:
         return read_json(self.record)
 
     def check(self, sweep: Sweep) -> None:
-        """Raises ConfigError where a sweep cannot live here."""
+        """Raises ConfigError where a sweep cannot live here.
+
+        Or where a finished point has another configuration than its key says, because a default is
+        another one since.
+        """
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"workdir: {self.path} is a file; give a directory")
         if self.record.exists():
@@ -262,11 +279,23 @@ class SweepDir:
                 f"workdir: {self.path} is not empty and holds no sweep; give a new or empty "
                 "directory"
             )
+        for key, point in sweep.runs().items():
+            path = self.run(key) / "config.json"
+            if path.exists():
+                changed = differences(read_json(path), json.loads(point.config.to_json()))
+                changed = [
+                    c for c in changed if not c.startswith(NO_MATTER) and "'absent'" not in c
+                ]
+                if changed:
+                    raise ConfigError(
+                        f"workdir: {self.run(key)} was run with other defaults "
+                        f"({'; '.join(changed)}); move it away, or set these fields as they were"
+                    )
 
     def start(self, sweep: Sweep) -> None:
         """Records the sweep. Points that its file no longer has stay recorded as earlier ones."""
         self.check(sweep)
-        (self.path / "points").mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
         old = self.recorded() if self.record.exists() else {}
         points = [
             {"number": p.number, "key": p.key, "labels": p.labels, "fields": p.fields}
@@ -290,6 +319,9 @@ class SweepDir:
                 "git": about["git"],
             },
         )
+        # After the record: another process may be starting the same sweep, and must see whose this
+        # directory is.
+        (self.path / "points").mkdir(exist_ok=True)
 
 
 def _split(source: str) -> tuple[Path, str | None]:

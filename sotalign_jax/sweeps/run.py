@@ -21,7 +21,7 @@ from sotalign_jax.training.distributed import (
     from_first,
     together,
 )
-from sotalign_jax.training.loop import train
+from sotalign_jax.training.loop import train  # TEMPORARY
 from sotalign_jax.training.metrics import make_console
 from sotalign_jax.training.workdir import InUse, lock, write_json
 
@@ -109,7 +109,7 @@ def groups_of(points: Sequence[Point], size: int) -> list[list[Point]]:
     """Points that may run together, in groups of at most ``size``."""
     alike: dict[str, list[Point]] = {}
     for point in points:
-        alike.setdefault(_together_key(point.config), []).append(point)
+        alike.setdefault(together_key(point.config), []).append(point)
     return [
         members[start : start + size]
         for members in alike.values()
@@ -117,8 +117,16 @@ def groups_of(points: Sequence[Point], size: int) -> list[list[Point]]:
     ]
 
 
-def _together_key(config) -> str:
+def together_key(config) -> str:
     return input_key(config)
+
+
+def train_many(configs, workdirs, *, quiet, inputs, watch, on_done):  # TEMPORARY
+    for n, (c, w, i) in enumerate(zip(configs, workdirs, inputs, strict=True)):
+        try:
+            on_done(n, train(c, w, quiet=quiet, inputs=i, watch=watch))
+        except FloatingPointError as error:
+            on_done(n, error)
 
 
 class _Runner:
@@ -130,7 +138,8 @@ class _Runner:
         watch: PreemptionWatch,
     ):
         self._home, self._groups, self._console, self._watch = home, groups, console, watch
-        self._points = {point.key: point for group in groups for point in group}
+        everyone = sorted((p for group in groups for p in group), key=lambda p: p.number)
+        self._points = {point.key: point for point in everyone}
         self._inputs = InputCache(keep=2)
         # Failures of earlier starts are tried again; those that appear from now on are others'.
         self._old = {key: self._stamp(key) for key in self._points}
@@ -201,24 +210,44 @@ class _Runner:
             return None
 
     def _run_group(self, members: list[Point]) -> None:
+        """Trains points side by side; one by one where that fails, to find out which ones fail."""
+        ready = []
         for point in members:
             try:
-                inputs = self._inputs.get(point.config)
-                results = train(
-                    point.config,
-                    self._home.run(point.key),
-                    quiet=True,
-                    inputs=inputs,
-                    watch=self._watch,
-                )
-            except InUse:
-                continue  # somebody trains in this very directory, outside of the sweep
+                ready.append((point, self._inputs.get(point.config)))
             except _FAILURES as error:
-                if jax.process_count() > 1 and not isinstance(error, ValueError):
-                    raise  # the other processes may know nothing of it
                 self._failed(point, error)
+        left = [point for point, _ in ready]
+        if not ready:
+            return
+
+        def done(number: int, found: dict[str, Any] | FloatingPointError) -> None:
+            point = ready[number][0]
+            left.remove(point)
+            if isinstance(found, FloatingPointError):
+                self._failed(point, found)
             else:
-                self._finished(point, results)
+                self._finished(point, found)
+
+        try:
+            train_many(
+                [point.config for point, _ in ready],
+                [self._home.run(point.key) for point, _ in ready],
+                quiet=True,
+                inputs=[inputs for _, inputs in ready],
+                watch=self._watch,
+                on_done=done,
+            )
+        except _FAILURES as error:
+            if len(ready) > 1:
+                for point in left.copy():
+                    self._run_group([point])
+            elif isinstance(error, InUse):
+                pass  # somebody trains in this very directory, outside of the sweep
+            elif jax.process_count() > 1 and not isinstance(error, ValueError):
+                raise  # the other processes may know nothing of it
+            else:
+                self._failed(ready[0][0], error)
 
     def _finished(self, point: Point, results: dict[str, Any]) -> None:
         if jax.process_index() != 0:

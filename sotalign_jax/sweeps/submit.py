@@ -44,10 +44,7 @@ def submit(
         ImportError: submitit is missing; the message says which extra has it.
         ConfigError: an option that submitit does not take, or no SLURM on this machine.
     """
-    try:
-        import submitit
-    except ImportError as error:
-        raise ImportError("--slurm: install the extra, sotalign-jax[slurm]") from error
+    submitit = _submitit()
     home = SweepDir(workdir)
     home.start(sweep)
     missing = [p for p in sweep.runs(points).values() if not home.finished(p.key)]
@@ -64,6 +61,21 @@ def submit(
         raise ConfigError(f"--slurm: {' '.join(str(error).split())}") from error
     job = _Job(sweep.source, sweep.overrides, os.fspath(home.path.absolute()), size)
     return executor.map_array(job, groups)
+
+
+def _submitit() -> Any:
+    """The package. Its import would close the log handlers of this process, unless told not to."""
+    level = os.environ.get("SUBMITIT_LOG_LEVEL")
+    os.environ["SUBMITIT_LOG_LEVEL"] = "NOCONFIG"
+    try:
+        import submitit
+    except ImportError as error:
+        raise ImportError("--slurm: install the extra, sotalign-jax[slurm]") from error
+    finally:
+        del os.environ["SUBMITIT_LOG_LEVEL"]  # jobs inherit the rest
+        if level is not None:
+            os.environ["SUBMITIT_LOG_LEVEL"] = level
+    return submitit
 
 
 def parse_options(given: Sequence[str]) -> dict[str, Any]:

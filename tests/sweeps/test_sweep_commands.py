@@ -1,0 +1,344 @@
+"""``sotalign sweep``: the commands, kills, several processes at once, and jobs."""
+
+import csv
+import json
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_sweep
+from absl import flags
+from forks import Forks
+
+from sotalign_jax import main, sweep_commands
+from sotalign_jax.sweeps import load_sweep
+from sotalign_jax.sweeps.points import SweepDir
+
+# What ml_collections loads config files with.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+FILE = tiny_sweep.__file__
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    server = Forks(tmp_path_factory.mktemp("forks"))
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def here(capsys, monkeypatch):
+    """The command in this process: (exit status, standard output, standard error)."""
+    monkeypatch.setattr(
+        main.app, "run", lambda entry, flags_parser: sys.exit(entry(flags_parser(sys.argv)))
+    )
+
+    def call(*arguments):
+        flags.FLAGS.unparse_flags()
+        for name in ("config", "workdir", "verbosity", "point", "shard", "together", "print",
+                     "slurm", "slurm_options", "paper"):  # fmt: skip
+            flags.FLAGS[name].unparse()
+        for name in [n for n in flags.FLAGS if n.startswith("config.")]:
+            delattr(flags.FLAGS, name)
+        monkeypatch.setattr(sys, "argv", ["sotalign", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main.run()
+        out, err = capsys.readouterr()
+        return caught.value.code, out, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def through(forks, tmp_path_factory):
+    """The tiny sweep, run without interruption."""
+    home = tmp_path_factory.mktemp("sweep") / "through"
+    process = forks.start("sweep", "run", FILE, f"--workdir={home}")
+    output = process.finish()
+    assert process.status == 0, output
+    return home, output
+
+
+def starts(home):
+    """How often each point of the tiny sweep was begun."""
+    keys = load_sweep(FILE).runs()
+    files = [home / "points" / key / "provenance.jsonl" for key in keys]
+    return [len(file.read_text().splitlines()) for file in files]
+
+
+def test_a_sweep_runs_its_points_and_ends_with_the_table(through):
+    home, output = through
+    lines = output.splitlines()
+    assert lines[0] == "6 runs"
+    assert sum("test R@1" in line for line in lines) == 6 and "6 of 6  method=" in output
+    assert lines[-1] == "written: " + ", ".join(f"{home}/table.{k}" for k in ("md", "tex", "csv"))
+    assert starts(home) == [1] * 6
+    with open(home / "table.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["label.method"] for row in rows[::2]] == ["teacher", "slow", "fast"]
+    assert {row["metric"] for row in rows} == {"test/t2i/recall@1", "test/mean_recall@1"}
+    # The same by hand, from the runs' own files.
+    sweep = load_sweep(FILE)
+    runs = {
+        p.number: json.loads((home / "points" / p.key / "results.json").read_text())
+        for p in sweep.points
+    }
+    rates = {n: np.mean([runs[m]["val"]["mean_recall@1"] for m in (n, n + 1)]) for n in (3, 5)}
+    best = max(rates, key=lambda n: rates[n])
+    values = [runs[n]["test"]["mean_recall@1"] for n in (best, best + 1)]
+    assert float(rows[-1]["mean"]) == pytest.approx(np.mean(values))
+    assert float(rows[-1]["sd"]) == pytest.approx(np.std(values, ddof=1))
+    assert json.loads(rows[-1]["chosen"]) == {"optimizer.learning_rate": {3: 1e-3, 5: 1e-2}[best]}
+    teacher = [runs[n]["teacher_test"]["mean_recall@1"] for n in (3, 4)]
+    assert float(rows[1]["mean"]) == pytest.approx(np.mean(teacher))
+
+
+def test_killed_twice_it_ends_with_the_same_table(forks, through, tmp_path):
+    home = tmp_path / "cut"
+    rng = np.random.default_rng(7)
+    killed = []
+    for _ in range(2):
+        process = forks.start("sweep", "run", FILE, f"--workdir={home}")
+        seen = len(list(home.glob("points/*/provenance.jsonl")))
+        while process.running() and len(list(home.glob("points/*/provenance.jsonl"))) == seen:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.3))
+        process.send(signal.SIGKILL)
+        process.finish()
+        killed.append(process.status == -signal.SIGKILL)
+    assert all(killed), "it was over before it was killed"
+    assert not (home / "table.csv").exists()
+    last = forks.start("sweep", "run", FILE, f"--workdir={home}")
+    output = last.finish()
+    assert last.status == 0, output
+    assert (home / "table.csv").read_bytes() == (through[0] / "table.csv").read_bytes()
+
+
+def test_two_processes_at_once_never_run_a_point_twice(forks, through, tmp_path):
+    home = tmp_path / "both"
+    command = ("sweep", "run", FILE, f"--workdir={home}", "--together=1")
+    both = [forks.start(*command) for _ in range(2)]
+    outputs = [process.finish() for process in both]
+    assert [process.status for process in both] == [0, 0], outputs
+    assert starts(home) == [1] * 6
+    done = [sum("test R@1" in line for line in output.splitlines()) for output in outputs]
+    assert sum(done) == 6 and all(done)  # each of them did some
+    assert (home / "table.csv").read_bytes() == (through[0] / "table.csv").read_bytes()
+
+
+def test_points_that_fail_give_status_1_and_a_list(forks, tmp_path):
+    home = tmp_path / "home"
+    process = forks.start("sweep", "run", f"{FILE}:fails", f"--workdir={home}")
+    output = process.finish()
+    assert process.status == 1, output
+    sweep = load_sweep(f"{FILE}:fails")
+    keys = [sweep.points[n - 1].key for n in (5, 6)]
+    (line,) = [line for line in output.splitlines() if line.startswith("failed: ")]
+    assert line.startswith(f"failed: point 5, 6 ({', '.join(keys)}): train/")
+    assert "Traceback" not in output and not (home / "table.csv").exists()
+    assert [SweepDir(home).state(key) for key in sweep.runs()] == ["finished"] * 4 + ["failed"] * 2
+    assert "at step" in json.loads(SweepDir(home).failure(keys[0]).read_text())["message"]
+
+
+def test_sigterm_stops_a_sweep_and_the_same_command_goes_on(forks, through, tmp_path):
+    home = tmp_path / "home"
+    command = ("sweep", "run", FILE, f"--workdir={home}", "--together=2")
+    process = forks.start(*command)
+    while process.running() and not list(home.glob("points/*/results.json")):
+        time.sleep(0.002)
+    process.send(signal.SIGTERM)
+    output = process.finish()
+    assert process.status == 0, output
+    assert "sotalign sweep: stopped by SIGTERM with " in output
+    assert "the same command goes on" in output.splitlines()[-1]
+    assert not (home / "table.csv").exists()
+    again = forks.start(*command)
+    output = again.finish()
+    assert again.status == 0, output
+    assert (home / "table.csv").read_bytes() == (through[0] / "table.csv").read_bytes()
+
+
+# ---- the other commands
+
+
+def test_status_says_how_far_each_point_is(through, tmp_path, here):
+    home, _ = through
+    status, out, _ = here("sweep", "status", FILE, f"--workdir={home}")
+    assert status == 0 and "6 runs: 6 finished" in out
+    for point in load_sweep(FILE).points:
+        assert point.key in out
+    assert out.count("10/10") == 2 and out.count("20/20") == 4
+    status, _, err = here("sweep", "status", FILE, f"--workdir={tmp_path}")
+    assert status == 2 and "holds no sweep" in err
+
+
+def test_status_of_failures_and_of_points_that_are_gone(tmp_path, here):
+    home = SweepDir(tmp_path / "home")
+    home.start(load_sweep(FILE))
+    keys = list(load_sweep(FILE).runs())
+    home.failure(keys[0]).write_text('{"message": "loss is nan"}')
+    status, out, _ = here("sweep", "status", FILE, f"--workdir={home.path}")
+    assert status == 0 and "6 runs: 1 failed, 5 waiting" in out
+    assert f"failed: {keys[0]}: loss is nan" in out
+    record = json.loads(home.record.read_text())
+    record["earlier"] = [{"key": "0" * 12}]
+    home.record.write_text(json.dumps(record))
+    _, out, _ = here("sweep", "status", FILE, f"--workdir={home.path}")
+    assert "1 earlier points are not in the file any more" in out
+
+
+def test_table_writes_three_files_and_shows_the_papers_figures_when_asked(through, here):
+    home, _ = through
+    before = (home / "table.csv").read_bytes()
+    for name in ("md", "tex", "csv"):
+        (home / f"table.{name}").unlink()
+    status, out, _ = here("sweep", "table", FILE, f"--workdir={home}")
+    assert status == 0 and "A tiny sweep" in out and "30.3" not in out
+    assert "Chosen on validation (mean R@1): fast: learning rate" in out
+    assert (home / "table.csv").read_bytes() == before
+    assert "\\begin{tabular}{lrr}" in (home / "table.tex").read_text()
+    assert "30.3" not in (home / "table.md").read_text()
+    status, out, _ = here("sweep", "table", FILE, f"--workdir={home}", "--paper")
+    assert status == 0 and "30.3" in out and "30.3" in (home / "table.md").read_text()
+    assert (home / "table.csv").read_bytes() == before
+
+
+def test_plot_draws_the_sweep(through, here):
+    home, _ = through
+    status, out, _ = here("sweep", "plot", FILE, f"--workdir={home}")
+    assert (
+        status == 0
+        and out
+        == "written: " + ", ".join(f"{home}/plot.{kind}" for kind in ("pdf", "png", "svg")) + "\n"
+    )
+    svg = (home / "plot.svg").read_text()
+    for text in (">teacher<", ">slow<", ">fast<", ">learning rate<", "mean R@1 (%)"):
+        assert text in svg
+
+
+def test_the_directory_remembers_what_was_set_beside_the_file(tmp_path, here):
+    home = SweepDir(tmp_path / "home")
+    sweep = load_sweep(FILE, {"model.scale": 15.0})
+    home.start(sweep)
+    directory = home.run(sweep.points[0].key)
+    directory.mkdir()
+    metrics = {"mean_recall@1": 0.5, "t2i/recall@1": 0.5}
+    (directory / "results.json").write_text(json.dumps({"test": metrics, "val": metrics}))
+    place = f"--workdir={home.path}"
+    assert "1 finished, 5 waiting" in here("sweep", "status", FILE, place)[1]
+    assert "1 finished" not in here("sweep", "status", FILE, place, "--config.model.scale=16")[1]
+
+
+# ---- schedulers
+
+
+def test_print_shows_a_command_for_every_point_that_is_not_finished(tmp_path, here):
+    home = SweepDir(tmp_path / "my home")
+    arguments = ("sweep", "run", FILE, f"--workdir={home.path}", "--config.model.scale=15.0")
+    status, out, _ = here(*arguments, "--print")
+    assert status == 0 and not home.path.exists()
+    sweep = load_sweep(FILE, {"model.scale": 15.0})
+    commands = [shlex.split(line) for line in out.splitlines()]
+    assert commands == [["sotalign", *arguments, f"--point={key}"] for key in sweep.runs()]
+    home.start(sweep)
+    key = sweep.points[0].key
+    home.run(key).mkdir()
+    (home.run(key) / "results.json").write_text("{}")
+    out = here(*arguments, "--print")[1]
+    assert len(out.splitlines()) == 5 and key not in out
+    # The commands are those of single points.
+    status, out, _ = here(*commands[1][1:], "--print")
+    assert status == 0 and out.splitlines() == [shlex.join(commands[1])]
+
+
+def test_jobs_run_the_points_of_a_sweep(tmp_path, here, forks):
+    home = tmp_path / "home"
+    options = "--slurm_options=cluster=local,timeout_min=5"
+    command = ("sweep", "run", f"{FILE}:one", f"--workdir={home}", "--slurm", options)
+    process = forks.start(*command)
+    output = process.finish()
+    assert process.status == 0, output
+    (line,) = output.splitlines()
+    assert line.startswith("submitted: job ")
+    key = load_sweep(f"{FILE}:one").points[0].key
+    deadline = time.monotonic() + 120
+    while not (home / "table.csv").exists():
+        assert time.monotonic() < deadline, [f.read_text() for f in (home / "slurm").glob("*.err")]
+        time.sleep(0.05)
+    assert SweepDir(home).finished(key)
+    (out,) = (home / "slurm").glob("*_log.out")
+    assert "1 of 1" in out.read_text()
+    status, out, _ = here(*command)
+    assert status == 0 and out == "nothing to submit, all runs are finished\n"
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("timeout_min", "--slurm_options: 'timeout_min': must be NAME=VALUE"),
+        ("cluster=local,local_nodes=3,nonsense=1", "--slurm: Parameter 'nonsense' need to be"),
+        ("cluster=local,timeout_min=long", '--slurm: Parameter "timeout_min" expected type'),
+        ("cluster=elsewhere", "--slurm: AutoExecutor doesn't know any executor named elsewhere"),
+        ("timeout_min=5", '--slurm: Could not detect "srun", are you indeed on a slurm cluster'),
+    ],
+)
+def test_options_that_submitit_does_not_take_are_errors(option, message, tmp_path, here):
+    status, out, err = here(
+        "sweep",
+        "run",
+        FILE,
+        f"--workdir={tmp_path / 'home'}",
+        "--slurm",
+        f"--slurm_options={option}",
+    )
+    assert status == 2 and out == "" and err.count("\n") == 1 and message in err
+
+
+@pytest.mark.parametrize(
+    ("module", "command", "message"),
+    [
+        ("submitit", ("run", "--slurm"), "--slurm: install the extra, sotalign-jax[slurm]"),
+        ("matplotlib", ("plot",), "plot: install the extra, sotalign-jax[plots]"),
+    ],
+)
+def test_a_missing_extra_is_named(module, command, message, through, here, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    verb, *more = command
+    status, _, err = here("sweep", verb, FILE, f"--workdir={through[0]}", *more)
+    assert status == 2 and err == f"sotalign sweep: error: {message}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "write sotalign sweep run|status|table|plot FILE.py --workdir=DIR"),
+        (("rnu", FILE, "--workdir={tmp}/x"), "write sotalign sweep run|status|table|plot"),
+        (("run",), "give the sweep's file, as in sotalign sweep run FILE.py"),
+        (("run", FILE), "--workdir: this command needs it"),
+        (("run", "{tmp}/none.py", "--workdir={tmp}/x"), "none.py"),
+        (("run", FILE, FILE, "--workdir={tmp}/x"), "write sotalign sweep"),
+        (("run", FILE, "--workdir={tmp}/x", "--shard=2"), "--shard: must be i/n, as in 1/4, got"),
+        (("run", FILE, "--workdir={tmp}/x", "--point=77"), "point: '77' is no point of tiny_sweep"),
+        (("run", FILE, "--workdir={tmp}/x", "--config.seed=3"), "--config.seed: the points"),
+        (("run", FILE, "--workdir={tmp}/x", "--config.stesp=3"), "--config.stesp: no such field"),
+        (("table", FILE, "--workdir={tmp}/x"), "holds no sweep"),
+    ],
+)  # fmt: skip
+def test_errors_are_one_line_and_exit_status_2(arguments, message, tmp_path, here):
+    status, out, err = here("sweep", *(argument.format(tmp=tmp_path) for argument in arguments))
+    assert status == 2 and out == "" and err.count("\n") == 1
+    assert err.startswith("sotalign sweep: error: ") and message in err
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_file_may_be_given_as_a_config(through, here):
+    status, out, _ = here("sweep", "status", f"--config={FILE}", f"--workdir={through[0]}")
+    assert status == 0 and "6 finished" in out
+    argv = ["sotalign", "train", "run", "x.py"]
+    assert sweep_commands.with_config_flag(argv) == argv
