@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 
 from sotalign_jax.config import ConfigError
-from sotalign_jax.files import replace_text
 from sotalign_jax.sweeps import plot as drawing
 from sotalign_jax.sweeps import table as formats
 from sotalign_jax.sweeps.layout import collect
@@ -101,7 +100,7 @@ def run(
     if not first:
         return 1 if outcome.failed else 0
     home = SweepDir(workdir)
-    if all(home.finished(key) for key in sweep.runs()):
+    if home.complete(sweep):
         table(sweep, workdir, console=console)
     for text, keys in _by_message(outcome.failed).items():
         numbers = [str(p.number) for p in sweep.points if p.key in keys]
@@ -146,25 +145,16 @@ def status(sweep: Sweep, workdir: str, console: Console | None = None) -> dict[s
 
 def table(
     sweep: Sweep, workdir: str, *, paper: bool = False, console: Console | None = None
-) -> dict[str, Path]:
+) -> list[Path]:
     """Print the table and write it as ``table.md``, ``table.tex`` and ``table.csv``."""
     console = console or make_console()
     home = SweepDir(workdir)
-    home.check(sweep)
     home.recorded()
-    grid = collect(sweep.layout, sweep.points, home.results, home.failed)
-    texts = {
-        "md": formats.to_markdown(grid, paper=paper),
-        "tex": formats.to_latex(grid, paper=paper),
-        "csv": formats.to_csv(grid),
-    }
-    paths = {kind: home.path / f"table.{kind}" for kind in texts}
-    for kind, text in texts.items():
-        replace_text(paths[kind], text)
+    grid, paths = formats.write_tables(sweep, home, paper=paper)
     console.print(formats.to_console(grid, paper=paper))
     for note in formats.notes(grid):
         _say(console, note)
-    _say(console, f"written: {', '.join(map(str, paths.values()))}")
+    _say(console, f"written: {', '.join(map(str, paths))}")
     return paths
 
 

@@ -223,6 +223,10 @@ class SweepDir:
         """Whether the run of a point is done."""
         return (self.run(key) / "results.json").exists()
 
+    def complete(self, sweep: Sweep) -> bool:
+        """Whether all runs of a sweep are done."""
+        return all(self.finished(key) for key in sweep.runs())
+
     def in_use(self, key: str) -> bool:
         """Whether a process is at work on a point."""
         if not self.lock(key).exists():

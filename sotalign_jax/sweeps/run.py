@@ -13,15 +13,15 @@ import jax
 from rich.console import Console
 
 from sotalign_jax.config import ConfigError
-from sotalign_jax.sweeps.inputs import InputCache, input_key
 from sotalign_jax.sweeps.points import Point, Sweep, SweepDir
+from sotalign_jax.training.build import InputCache
 from sotalign_jax.training.distributed import (
     Preempted,
     PreemptionWatch,
     from_first,
     together,
 )
-from sotalign_jax.training.loop import train  # TEMPORARY
+from sotalign_jax.training.many import together_key, train_many
 from sotalign_jax.training.metrics import make_console
 from sotalign_jax.training.workdir import InUse, lock, write_json
 
@@ -117,18 +117,6 @@ def groups_of(points: Sequence[Point], size: int) -> list[list[Point]]:
     ]
 
 
-def together_key(config) -> str:
-    return input_key(config)
-
-
-def train_many(configs, workdirs, *, quiet, inputs, watch, on_done):  # TEMPORARY
-    for n, (c, w, i) in enumerate(zip(configs, workdirs, inputs, strict=True)):
-        try:
-            on_done(n, train(c, w, quiet=quiet, inputs=i, watch=watch))
-        except FloatingPointError as error:
-            on_done(n, error)
-
-
 class _Runner:
     def __init__(
         self,
@@ -140,7 +128,7 @@ class _Runner:
         self._home, self._groups, self._console, self._watch = home, groups, console, watch
         everyone = sorted((p for group in groups for p in group), key=lambda p: p.number)
         self._points = {point.key: point for point in everyone}
-        self._inputs = InputCache(keep=2)
+        self._inputs = InputCache(keep=max(map(len, groups), default=1))
         # Failures of earlier starts are tried again; those that appear from now on are others'.
         self._old = {key: self._stamp(key) for key in self._points}
 

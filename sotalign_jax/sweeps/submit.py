@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
+
+import jax
 
 from sotalign_jax.config import ConfigError
 from sotalign_jax.sweeps.points import Sweep, SweepDir, load_sweep
 from sotalign_jax.sweeps.run import groups_of, run_sweep
+from sotalign_jax.sweeps.table import write_tables
 from sotalign_jax.training import distributed
 
 __all__ = ["parse_options", "submit"]
@@ -59,6 +61,7 @@ def submit(
         executor.update_parameters(**given)
     except (RuntimeError, NameError, AssertionError, ValueError, TypeError) as error:
         raise ConfigError(f"--slurm: {' '.join(str(error).split())}") from error
+    # Only strings and numbers go into the job: it reads the sweep's file again.
     job = _Job(sweep.source, sweep.overrides, os.fspath(home.path.absolute()), size)
     return executor.map_array(job, groups)
 
@@ -106,7 +109,10 @@ class _Job:
     def __call__(self, keys: list[str]) -> list[str]:
         distributed.start()
         sweep = load_sweep(self._source, self._overrides)
-        outcome = run_sweep(sweep, Path(self._workdir), points=keys, size=self._size, wait=False)
+        home = SweepDir(self._workdir)
+        outcome = run_sweep(sweep, home.path, points=keys, size=self._size, wait=False)
+        if jax.process_index() == 0 and home.complete(sweep):
+            write_tables(sweep, home)
         if outcome.failed:
             raise RuntimeError("; ".join(f"{k}: {why}" for k, why in outcome.failed.items()))
         return outcome.finished

@@ -7,20 +7,24 @@ import dataclasses
 import io
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import rich.table
 
+from sotalign_jax.files import replace_text
 from sotalign_jax.sweeps.hyper import LABEL
 from sotalign_jax.sweeps.layout import (
     Cell,
     Grid,
     Key,
     Layout,
+    collect,
     is_percent,
     lower_is_better,
 )
+from sotalign_jax.sweeps.points import Sweep, SweepDir
 
-__all__ = ["notes", "to_console", "to_csv", "to_latex", "to_markdown"]
+__all__ = ["notes", "to_console", "to_csv", "to_latex", "to_markdown", "write_tables"]
 
 _PAPER = "paper"
 
@@ -40,6 +44,34 @@ class _Column:
     key: Key
     metric: str
     paper: bool = False
+
+
+def write_tables(sweep: Sweep, home: SweepDir, *, paper: bool = False) -> tuple[Grid, list[Path]]:
+    """Writes ``table.md``, ``table.tex`` and ``table.csv`` of a sweep as far as it is.
+
+    Args:
+        sweep: of `sotalign_jax.sweeps.load_sweep`.
+        home: its directory.
+        paper: show the published figures in the first two; the last always has them.
+
+    Returns:
+        What the table shows, and the files.
+
+    Raises:
+        ConfigError: the directory holds another sweep, or runs without a metric of the table.
+        OSError: a file cannot be written.
+    """
+    home.check(sweep)
+    grid = collect(sweep.layout, sweep.points, home.results, home.failed)
+    texts = {
+        "md": to_markdown(grid, paper=paper),
+        "tex": to_latex(grid, paper=paper),
+        "csv": to_csv(grid),
+    }
+    paths = {kind: home.path / f"table.{kind}" for kind in texts}
+    for kind, text in texts.items():
+        replace_text(paths[kind], text)
+    return grid, list(paths.values())
 
 
 def to_markdown(grid: Grid, *, paper: bool = False) -> str:

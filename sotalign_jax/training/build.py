@@ -67,21 +67,25 @@ class InputCache:
 
     Args:
         test: with the test pairs; without them for runs that others are chosen by.
+        keep: how many are kept, those that were asked for last; 0: all.
     """
 
-    def __init__(self, *, test: bool = True):
-        self._test = test
+    def __init__(self, *, test: bool = True, keep: int = 0):
+        self._test, self._keep = test, keep
         self._inputs: dict[str, Inputs] = {}
 
     def get(self, config: Config) -> Inputs:
         """The inputs of a validated configuration, one object for all that have the same."""
         key = config.data.to_json() + config.teacher.to_json() + str(config.seed)
-        if key not in self._inputs:
+        inputs = self._inputs.pop(key, None)
+        if inputs is None:
+            while self._keep and len(self._inputs) >= self._keep:
+                del self._inputs[next(iter(self._inputs))]  # before others take their memory
             inputs = load_inputs(config)
             if not self._test:
                 inputs = inputs._replace(splits=dataclasses.replace(inputs.splits, test=None))
-            self._inputs[key] = inputs
-        return self._inputs[key]
+        self._inputs[key] = inputs  # the last one asked for stands last
+        return inputs
 
 
 def check_splits(config: Config, splits: Splits, reads: Reads) -> None:
