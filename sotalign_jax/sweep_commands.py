@@ -53,9 +53,11 @@ def sweep(words: Sequence[str]) -> int:
         raise ConfigError("--workdir: this command needs it")
     source = config_flags.get_config_filename(flags.FLAGS["config"])
     overrides = config_flags.get_override_values(flags.FLAGS["config"])
-    if verb != "run":
-        if distributed.left_to_first():
+    if verb != "run" or _PRINT.value or _SLURM.value:
+        if other := distributed.left_to_first():
+            print(f"sotalign sweep: left to process 0 of {other.process_count} ({other.method})")
             return 0
+    if verb != "run":
         # What was set beside the file when it was run, unless something else is set now.
         overrides = overrides or SweepDir(workdir).recorded()["overrides"]
     loaded = load_sweep(source, overrides)

@@ -17,7 +17,7 @@ def get_hyper(hyper, arg=None):
         hyper.fixed("label.method", "fast"), hyper.sweep("optimizer.learning_rate", rates)
     )
     if arg == "one":
-        return hyper.fixed("label.method", "fast")
+        return hyper.fixed({"label.method": "fast", "steps": 0})
     return hyper.product(hyper.chain(slow, fast), hyper.sweep("seed", range(2)))
 
 

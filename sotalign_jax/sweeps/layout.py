@@ -15,11 +15,20 @@ from sotalign_jax.training.workdir import NO_MATTER
 if TYPE_CHECKING:
     from sotalign_jax.sweeps.points import Point
 
-__all__ = ["Cell", "Grid", "Layout", "collect"]
+__all__ = [
+    "NEITHER_IS_BETTER",
+    "Cell",
+    "Grid",
+    "Layout",
+    "collect",
+    "is_percent",
+    "lower_is_better",
+]
 
 _TEACHER = "teacher_"
 _SPLITS = ("test/", "val/", f"{_TEACHER}test/", f"{_TEACHER}val/")
-_OF_THE_RUN = ("seconds", "selected_step", "pairs")
+NEITHER_IS_BETTER = ("selected_step", "pairs")
+_OF_THE_RUN = ("seconds", *NEITHER_IS_BETTER)
 # What the teacher of a run is a function of.
 _OF_THE_TEACHER = ("data.", "teacher.", "seed")
 _LOWER_IS_BETTER = ("foscttm", "median_rank", "seconds")

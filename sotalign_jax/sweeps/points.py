@@ -302,7 +302,13 @@ class SweepDir:
         self.path.mkdir(parents=True, exist_ok=True)
         old = self.recorded() if self.record.exists() else {}
         points = [
-            {"number": p.number, "key": p.key, "labels": p.labels, "fields": p.fields}
+            {
+                "number": p.number,
+                "key": p.key,
+                "title": p.title,
+                "labels": p.labels,
+                "fields": p.fields,
+            }
             for p in sweep.points
         ]
         keys = {point.key for point in sweep.points}

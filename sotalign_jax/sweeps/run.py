@@ -14,7 +14,7 @@ from rich.console import Console
 
 from sotalign_jax.config import ConfigError
 from sotalign_jax.sweeps.points import Point, Sweep, SweepDir
-from sotalign_jax.training.build import InputCache
+from sotalign_jax.training.build import InputCache, inputs_key
 from sotalign_jax.training.distributed import (
     Preempted,
     PreemptionWatch,
@@ -106,10 +106,17 @@ def run_sweep(
 
 
 def groups_of(points: Sequence[Point], size: int) -> list[list[Point]]:
-    """Points that may run together, in groups of at most ``size``."""
+    """Points that may run together, in groups of at most ``size``.
+
+    Those with the same rows and teacher stand next to each other: a group shares what it can.
+    """
     alike: dict[str, list[Point]] = {}
+    inputs: dict[str, int] = {}
     for point in points:
+        inputs.setdefault(inputs_key(point.config), len(inputs))
         alike.setdefault(together_key(point.config), []).append(point)
+    for members in alike.values():
+        members.sort(key=lambda point: inputs[inputs_key(point.config)])
     return [
         members[start : start + size]
         for members in alike.values()

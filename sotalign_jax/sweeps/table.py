@@ -14,6 +14,7 @@ import rich.table
 from sotalign_jax.files import replace_text
 from sotalign_jax.sweeps.hyper import LABEL
 from sotalign_jax.sweeps.layout import (
+    NEITHER_IS_BETTER,
     Cell,
     Grid,
     Key,
@@ -267,6 +268,8 @@ def _text(grid: Grid, row: Key, column: _Column) -> _Text:
 def _best(grid: Grid, column: _Column) -> set[str]:
     """How the best mean of a column reads; nothing where nothing final is compared."""
     metric = column.metric
+    if metric in NEITHER_IS_BETTER:
+        return set()
     cells = [grid.cells.get((row, column.key)) for row in grid.rows]
     means = [m for c in cells if c is not None and c.final and (m := c.mean(metric)) is not None]
     if len(means) < 2:

@@ -36,6 +36,7 @@ __all__ = [
     "check_splits",
     "fits",
     "init_aligner",
+    "inputs_key",
     "load_inputs",
     "raw_tables",
     "resident_bytes",
@@ -62,6 +63,11 @@ def load_inputs(config: Config) -> Inputs:
     return Inputs(splits, teacher)
 
 
+def inputs_key(config: Config) -> str:
+    """Equal for validated configurations whose rows and teacher are the same."""
+    return config.data.to_json() + config.teacher.to_json() + str(config.seed)
+
+
 class InputCache:
     """Rows and teachers of several runs: what has the same data, teacher and seed is loaded once.
 
@@ -76,7 +82,7 @@ class InputCache:
 
     def get(self, config: Config) -> Inputs:
         """The inputs of a validated configuration, one object for all that have the same."""
-        key = config.data.to_json() + config.teacher.to_json() + str(config.seed)
+        key = inputs_key(config)
         inputs = self._inputs.pop(key, None)
         if inputs is None:
             while self._keep and len(self._inputs) >= self._keep:

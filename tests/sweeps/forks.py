@@ -75,7 +75,8 @@ class Forks:
         return int(self._server.stdout.readline())
 
     def close(self) -> None:
-        self._server.communicate(timeout=10)
+        self._server.kill()
+        self._server.communicate()
 
 
 class Fork:

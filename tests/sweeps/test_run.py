@@ -1,7 +1,6 @@
 """Which points are run, when, by whom, and what becomes of those that fail."""
 
 import contextlib
-import functools
 import io
 import json
 import os
@@ -10,23 +9,16 @@ import signal
 import pytest
 import tiny_sweep
 from rich.console import Console
-from tiny_runs import tiny
 
-from sotalign_jax.config import ConfigError, validate
+from sotalign_jax.config import ConfigError
 from sotalign_jax.sweeps import load_sweep
 from sotalign_jax.sweeps import run as module
 from sotalign_jax.sweeps.points import SweepDir
 from sotalign_jax.sweeps.run import SweepStopped, groups_of, run_sweep
-from sotalign_jax.training import loop
 from sotalign_jax.training.distributed import Preempted
 from sotalign_jax.training.workdir import InUse, Workdir, lock, write_json
 
 FILE = tiny_sweep.__file__
-
-
-@functools.cache
-def some_inputs():
-    return loop.load_inputs(validate(tiny()))
 
 
 SCORES = {"mean_recall@1": 0.125, "mean_recall@10": 0.5}
@@ -80,7 +72,7 @@ def planted(monkeypatch, tmp_path):
             on_done(number, error if error is not None else here.finish(numbers[key]))
 
     monkeypatch.setattr(module, "train_many", train_many)
-    monkeypatch.setattr(module.InputCache, "get", lambda self, config: some_inputs())
+    monkeypatch.setattr(module.InputCache, "get", lambda self, config: None)
     monkeypatch.setattr(module, "_PATIENCE", (0.01, 0.02))
     return here
 
@@ -147,7 +139,8 @@ def test_groups_hold_points_that_may_run_together(planted):
     points = list(planted.sweep.points)
     for group in groups_of(points, 8):
         assert len({module.together_key(point.config) for point in group}) == 1
-    assert sorted(p.number for g in groups_of(points, 2) for p in g) == [1, 2, 3, 4, 5, 6]
+    # Rates 1e-3 and 1e-2 of one seed have the same rows.
+    assert [[p.number for p in g] for g in groups_of(points, 2)] == [[1, 2], [3, 5], [4, 6]]
 
 
 # ---- failures
@@ -181,7 +174,7 @@ def test_data_that_cannot_be_read_fail_the_points_that_need_them(planted, monkey
     def get(cache, config):
         if config.seed == 1:
             raise ValueError("no such\nfile")
-        return some_inputs()
+        return None
 
     monkeypatch.setattr(module.InputCache, "get", get)
     outcome = planted.run()

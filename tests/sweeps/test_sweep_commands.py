@@ -2,6 +2,7 @@
 
 import csv
 import json
+import pickle
 import shlex
 import signal
 import sys
@@ -13,9 +14,10 @@ import pytest
 import tiny_sweep
 from absl import flags
 from forks import Forks
+from local_processes import finish, start
 
 from sotalign_jax import main, sweep_commands
-from sotalign_jax.sweeps import load_sweep
+from sotalign_jax.sweeps import load_sweep, run, submit
 from sotalign_jax.sweeps.points import SweepDir
 
 # What ml_collections loads config files with.
@@ -59,10 +61,15 @@ def here(capsys, monkeypatch):
 def through(forks, tmp_path_factory):
     """The tiny sweep, run without interruption."""
     home = tmp_path_factory.mktemp("sweep") / "through"
-    process = forks.start("sweep", "run", FILE, f"--workdir={home}")
+    process = forks.start(*command(home))
     output = process.finish()
     assert process.status == 0, output
     return home, output
+
+
+def command(home):
+    """The tiny sweep in groups of two, for which all processes have one compiled program."""
+    return "sweep", "run", FILE, f"--workdir={home}", "--together=2"
 
 
 def starts(home):
@@ -104,7 +111,7 @@ def test_killed_twice_it_ends_with_the_same_table(forks, through, tmp_path):
     rng = np.random.default_rng(7)
     killed = []
     for _ in range(2):
-        process = forks.start("sweep", "run", FILE, f"--workdir={home}")
+        process = forks.start(*command(home))
         seen = len(list(home.glob("points/*/provenance.jsonl")))
         while process.running() and len(list(home.glob("points/*/provenance.jsonl"))) == seen:
             time.sleep(0.002)
@@ -114,7 +121,7 @@ def test_killed_twice_it_ends_with_the_same_table(forks, through, tmp_path):
         killed.append(process.status == -signal.SIGKILL)
     assert all(killed), "it was over before it was killed"
     assert not (home / "table.csv").exists()
-    last = forks.start("sweep", "run", FILE, f"--workdir={home}")
+    last = forks.start(*command(home))
     output = last.finish()
     assert last.status == 0, output
     assert (home / "table.csv").read_bytes() == (through[0] / "table.csv").read_bytes()
@@ -122,8 +129,7 @@ def test_killed_twice_it_ends_with_the_same_table(forks, through, tmp_path):
 
 def test_two_processes_at_once_never_run_a_point_twice(forks, through, tmp_path):
     home = tmp_path / "both"
-    command = ("sweep", "run", FILE, f"--workdir={home}", "--together=1")
-    both = [forks.start(*command) for _ in range(2)]
+    both = [forks.start(*command(home)) for _ in range(2)]
     outputs = [process.finish() for process in both]
     assert [process.status for process in both] == [0, 0], outputs
     assert starts(home) == [1] * 6
@@ -132,7 +138,8 @@ def test_two_processes_at_once_never_run_a_point_twice(forks, through, tmp_path)
     assert (home / "table.csv").read_bytes() == (through[0] / "table.csv").read_bytes()
 
 
-def test_points_that_fail_give_status_1_and_a_list(forks, tmp_path):
+@pytest.mark.slow
+def test_points_that_diverge_give_status_1_and_a_list(forks, tmp_path):
     home = tmp_path / "home"
     process = forks.start("sweep", "run", f"{FILE}:fails", f"--workdir={home}")
     output = process.finish()
@@ -146,10 +153,10 @@ def test_points_that_fail_give_status_1_and_a_list(forks, tmp_path):
     assert "at step" in json.loads(SweepDir(home).failure(keys[0]).read_text())["message"]
 
 
+@pytest.mark.slow
 def test_sigterm_stops_a_sweep_and_the_same_command_goes_on(forks, through, tmp_path):
     home = tmp_path / "home"
-    command = ("sweep", "run", FILE, f"--workdir={home}", "--together=2")
-    process = forks.start(*command)
+    process = forks.start(*command(home))
     while process.running() and not list(home.glob("points/*/results.json")):
         time.sleep(0.002)
     process.send(signal.SIGTERM)
@@ -158,10 +165,27 @@ def test_sigterm_stops_a_sweep_and_the_same_command_goes_on(forks, through, tmp_
     assert "sotalign sweep: stopped by SIGTERM with " in output
     assert "the same command goes on" in output.splitlines()[-1]
     assert not (home / "table.csv").exists()
-    again = forks.start(*command)
+    again = forks.start(*command(home))
     output = again.finish()
     assert again.status == 0, output
     assert (home / "table.csv").read_bytes() == (through[0] / "table.csv").read_bytes()
+
+
+def test_points_that_fail_give_status_1_and_are_named_by_their_messages(
+    tmp_path, here, monkeypatch
+):
+    def get(cache, config):
+        raise ValueError("no rows" if config.seed else "no file")
+
+    monkeypatch.setattr(run.InputCache, "get", get)
+    status, out, err = here("sweep", "run", FILE, f"--workdir={tmp_path / 'home'}")
+    assert status == 1 and err == ""
+    keys = list(load_sweep(FILE).runs())
+    assert out.splitlines()[-2:] == [
+        f"failed: point 1, 3, 5 ({', '.join(keys[::2])}): no file",
+        f"failed: point 2, 4, 6 ({', '.join(keys[1::2])}): no rows",
+    ]
+    assert not (tmp_path / "home" / "table.csv").exists()
 
 
 # ---- the other commands
@@ -260,8 +284,8 @@ def test_print_shows_a_command_for_every_point_that_is_not_finished(tmp_path, he
 def test_jobs_run_the_points_of_a_sweep(tmp_path, here, forks):
     home = tmp_path / "home"
     options = "--slurm_options=cluster=local,timeout_min=5"
-    command = ("sweep", "run", f"{FILE}:one", f"--workdir={home}", "--slurm", options)
-    process = forks.start(*command)
+    jobs = ("sweep", "run", f"{FILE}:one", f"--workdir={home}", "--slurm", options)
+    process = forks.start(*jobs)
     output = process.finish()
     assert process.status == 0, output
     (line,) = output.splitlines()
@@ -274,8 +298,14 @@ def test_jobs_run_the_points_of_a_sweep(tmp_path, here, forks):
     assert SweepDir(home).finished(key)
     (out,) = (home / "slurm").glob("*_log.out")
     assert "1 of 1" in out.read_text()
-    status, out, _ = here(*command)
+    status, out, _ = here(*jobs)
     assert status == 0 and out == "nothing to submit, all runs are finished\n"
+
+
+def test_a_job_that_is_out_of_time_is_queued_again_as_it_was():
+    job = pickle.loads(pickle.dumps(submit._Job(FILE, {"steps": 3}, "/home", 4)))
+    again = job.checkpoint(["key"])
+    assert again.function is job and again.args == (["key"],)
 
 
 @pytest.mark.parametrize(
@@ -342,3 +372,18 @@ def test_the_file_may_be_given_as_a_config(through, here):
     assert status == 0 and "6 finished" in out
     argv = ["sotalign", "train", "run", "x.py"]
     assert sweep_commands.with_config_flag(argv) == argv
+
+
+@pytest.mark.slow
+def test_several_processes_may_be_needed_for_every_point(through, tmp_path):
+    home = tmp_path / "home"
+    arguments = ("sweep", "run", FILE, f"--workdir={home}", "--config.mesh.devices=0")
+    first, second = finish(start(*arguments, processes=2))
+    assert "6 of 6" in first and "written: " in first and "of 6" not in second
+    assert starts(home) == [1] * 6
+    with open(home / "table.csv") as found, open(through[0] / "table.csv") as expected:
+        for one, other in zip(csv.DictReader(found), csv.DictReader(expected), strict=True):
+            # One of the 50 test pairs may change places.
+            assert float(one["mean"]) == pytest.approx(float(other["mean"]), abs=0.021)
+    wrong = finish(start(*arguments, "--shard=3/2", processes=2), statuses=(2,))
+    assert all("shard: must be i/n" in output for output in wrong)
