@@ -53,10 +53,10 @@ def sweep(words: Sequence[str]) -> int:
         raise ConfigError("--workdir: this command needs it")
     source = config_flags.get_config_filename(flags.FLAGS["config"])
     overrides = config_flags.get_override_values(flags.FLAGS["config"])
-    if verb != "run" or _PRINT.value or _SLURM.value:
-        if other := distributed.left_to_first():
-            print(f"sotalign sweep: left to process 0 of {other.process_count} ({other.method})")
-            return 0
+    trains = verb == "run" and not _PRINT.value and not _SLURM.value
+    if not trains and (other := distributed.left_to_first()):
+        print(f"sotalign sweep: left to process 0 of {other.process_count} ({other.method})")
+        return 0
     if verb != "run":
         # What was set beside the file when it was run, unless something else is set now.
         overrides = overrides or SweepDir(workdir).recorded()["overrides"]
@@ -171,7 +171,13 @@ def plot(sweep: Sweep, workdir: str, console: Console | None = None) -> list[Pat
     field = layout.plot["x"]
     metric = layout.plot.get("metric", layout.metrics[-1])
     grid = collect(
-        layout, sweep.points, home.results, home.failed, columns=(field,), metrics=(metric,)
+        layout,
+        sweep.points,
+        home.results,
+        home.failed,
+        rows=layout.lines,
+        columns=(field,),
+        metrics=(metric,),
     )
     paths = drawing.draw(grid, metric, field, home.path)
     _say(console or make_console(), f"written: {', '.join(map(str, paths))}")

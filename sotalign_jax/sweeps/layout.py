@@ -57,7 +57,8 @@ class Layout:
         names: headings of fields and metrics other than the usual ones.
         caption: a sentence.
         decimals: of recalls and accuracies in percent.
-        plot: ``{"x": FIELD, "metric": METRIC}`` of the plot; no metric: the last of ``metrics``.
+        plot: ``{"x": FIELD, "metric": METRIC}`` of the plot, which has a line for every value of
+            the rows (but for ``x`` itself); no metric: the last of ``metrics``.
     """
 
     rows: tuple[str, ...]
@@ -142,7 +143,7 @@ class Layout:
                 )
             if row in last:
                 raise ConfigError(f"get_table: teacher_rows: {row!r}: is a row already")
-        self._check_cells(points, self.columns, "the table")
+        self._check_cells(points, self.rows, self.columns, "the table")
         if self.plot:
             x = self.plot["x"]
             for point in points:
@@ -152,16 +153,23 @@ class Layout:
                         f"get_table: plot: {x} must be a number, and is {value!r} in point "
                         f"{point.number}"
                     )
-            self._check_cells(points, (x,), "the plot")
+            self._check_cells(points, self.lines, (x,), "the plot")
 
-    def _check_cells(self, points: Sequence[Point], columns: tuple[str, ...], where: str) -> None:
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """Fields of which each value is a line of the plot: those of the rows, without its x."""
+        return tuple(name for name in self.rows if name != self.plot.get("x"))
+
+    def _check_cells(
+        self, points: Sequence[Point], rows: tuple[str, ...], columns: tuple[str, ...], where: str
+    ) -> None:
         for point in points:
-            for name in (*self.rows, *columns, *filter(None, [self.over])):
+            for name in (*rows, *columns, *filter(None, [self.over])):
                 if point.value(name) is None:
                     raise ConfigError(f"get_table: {name}: point {point.number} has no such label")
         if self.select:
             return
-        for (row, column), members in _cells(self.rows, columns, points).items():
+        for (row, column), members in _cells(rows, columns, points).items():
             if varying := _varying(members, self.over):
                 raise ConfigError(
                     f"get_table: {', '.join(map(str, (*row, *column)))}: the points of this cell "
@@ -247,6 +255,7 @@ def collect(
     results: Results,
     failed: Callable[[str], bool],
     *,
+    rows: tuple[str, ...] | None = None,
     columns: tuple[str, ...] | None = None,
     metrics: tuple[str, ...] | None = None,
 ) -> Grid:
@@ -257,8 +266,7 @@ def collect(
         points: of the sweep.
         results: given the key of a run, what its ``results.json`` holds; None of an unfinished one.
         failed: whether the run of a key failed.
-        columns: other columns than those of the layout, for a plot.
-        metrics: other metrics than those of the layout.
+        rows, columns, metrics: others than those of the layout, for a plot.
 
     Returns:
         The grid; cells without points are left out.
@@ -266,10 +274,11 @@ def collect(
     Raises:
         ConfigError: finished runs lack a metric.
     """
+    names = layout.rows if rows is None else rows
     columns = layout.columns if columns is None else columns
     metrics = layout.metrics if metrics is None else metrics
     cells: dict[tuple[Key, Key], Cell] = {}
-    grouped = _cells(layout.rows, columns, points)
+    grouped = _cells(names, columns, points)
 
     def fill(members: Sequence[Point], prefix: str) -> Cell:
         return _cell(layout, metrics, members, results, failed, prefix)
@@ -277,16 +286,16 @@ def collect(
     for (row, column), members in grouped.items():
         cells[row, column] = fill(members, "")
         for name, source in layout.teacher_rows.items():
-            if row[-1] == source:
-                cells[(*row[:-1], name), column] = fill(members, _TEACHER)
+            if theirs := [p for p in members if p.value(layout.rows[-1]) == source]:
+                cells[(*row[:-1], name), column] = fill(theirs, _TEACHER)
     made = {row for row, _ in cells}
-    rows: list[Key] = []
+    order: list[Key] = []
     for row in _ordered(row for row, _ in grouped):
-        if not rows or rows[-1][:-1] != row[:-1]:
+        if not order or order[-1][:-1] != row[:-1]:
             heads = [(*row[:-1], name) for name in layout.teacher_rows]
-            rows += [head for head in heads if head in made]
-        rows.append(row)
-    return Grid(layout, tuple(rows), tuple(_ordered(column for _, column in grouped)), cells)
+            order += [head for head in heads if head in made]
+        order.append(row)
+    return Grid(layout, tuple(order), tuple(_ordered(column for _, column in grouped)), cells)
 
 
 def is_percent(metric: str) -> bool:

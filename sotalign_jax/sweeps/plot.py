@@ -47,6 +47,7 @@ def lines_of(grid: Grid, metric: str) -> list[Line]:
         A line a row that has a finished run; recalls in percent.
     """
     factor = 100 if is_percent(metric) else 1
+    names = grid.layout.lines
     lines = []
     for row in grid.rows:
         found = []
@@ -58,9 +59,18 @@ def lines_of(grid: Grid, metric: str) -> list[Line]:
         if found:
             x, mean, sd = (list(part) for part in zip(*sorted(found), strict=True))
             level = sum((row, column) in grid.cells for column in grid.columns) == 1
-            label = ", ".join(map(str, row))
+            label = ", ".join(_named(grid, name, v) for name, v in zip(names, row, strict=False))
+            label = label or (str(row[0]) if row else "aligner")
             lines.append(Line(label, x, mean, sd, level and len(grid.columns) > 1))
     return lines
+
+
+def _named(grid: Grid, field: str, value: Any) -> str:
+    """A word speaks for itself, a number has its field before it."""
+    if isinstance(value, str):
+        return value
+    shown = f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{grid.layout.heading(field)} {shown}"
 
 
 def scale_of(values: Sequence[float]) -> str:

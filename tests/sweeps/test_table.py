@@ -381,9 +381,11 @@ def test_the_papers_figures_by_column():
 # ---- plots
 
 
-def lines_of(assigned, score, spec, field, **options):
+def lines_of(assigned, score, spec, field):
     metric = "test/mean_recall@1"
-    grid = grid_of(assigned, score, spec, columns=(field,), metrics=(metric,), **options)
+    spec = spec | {"plot": {"x": field}}
+    rows = Layout.of({"metrics": metric} | spec).lines
+    grid = grid_of(assigned, score, spec, rows=rows, columns=(field,), metrics=(metric,))
     return grid, plot.lines_of(grid, metric)
 
 
@@ -398,6 +400,22 @@ def test_a_line_has_means_and_spreads_in_order_of_the_field():
     assert ours.mean == pytest.approx([81.0, 31.0, 21.0])
     assert ours.sd == pytest.approx([2**0.5, 2**0.5, 2**0.5])  # of x and x + 2
     assert base.level and base.mean == [10.0] and base.sd == [None]
+
+
+def test_rows_of_the_field_itself_are_one_line_with_the_teacher_across():
+    spec = {"rows": "loss.alpha", "teacher_rows": {"CCA": 1.0}}
+    assert len(grid_of(ALPHAS, chosen_on_validation, spec).rows) == 4  # as a table
+    _, (teacher, line) = lines_of(ALPHAS, chosen_on_validation, spec, "loss.alpha")
+    assert (line.label, line.x) == ("aligner", [0.01, 0.1, 1.0])
+    assert line.mean == pytest.approx([81.0, 31.0, 21.0])
+    assert (teacher.label, teacher.level, teacher.mean) == ("CCA", True, [0.0])
+
+
+def test_lines_are_named_by_words_and_by_numbers_with_their_field():
+    assigned = hyper.product(hyper.sweep("data.n_pairs", [100, 200]), ALPHAS)
+    spec = CHOICE | {"rows": ("data.n_pairs", "label.method")}
+    _, lines = lines_of(assigned, chosen_on_validation, spec, "loss.alpha")
+    assert [line.label for line in lines] == ["n pairs 100, ours", "n pairs 200, ours"]
 
 
 def test_other_fields_are_chosen_at_each_value_of_the_field():
