@@ -17,7 +17,8 @@ def get_config(arg=None):
     config.seed = 0  # draws the pairs, the initial weights and the batches
     config.steps = 2_000  # 0: nothing is trained, the aligner is its start (a teacher, say)
     # sotalign | sail (pairs alone) | sail_semi (unpaired negatives) | clip (InfoNCE on pairs) |
-    # structure (InfoNCE, and similarities within a modality are kept); docs/objectives.md
+    # structure (InfoNCE, and similarities within a modality are kept) | sclip (pseudo-labels) |
+    # nnclr (nearest neighbours as positives); docs/objectives.md
     config.objective = "sotalign"
 
     # ---- rows

@@ -22,6 +22,7 @@ from sotalign_jax.objectives.base import (
     counts,
     no_prior,
     whole,
+    with_log_scale,
 )
 from sotalign_jax.objectives.options import options, traced
 
@@ -46,6 +47,8 @@ class SClipOptions:
         text_weight: of the unpaired texts'. Grid: likewise.
         label_scale: inverse temperature of the pseudo-labels, for ``"ot"`` one over the
             regularisation; 0: the learned scale as it is at each step.
+        max_scale: to which a learned scale is brought back after a step that went beyond; 0: no
+            bound.
         iterations: of Sinkhorn for ``"ot"``; 0: until ``loss.threshold``, ``loss.max_iterations``
             at most.
     """
@@ -56,10 +59,11 @@ class SClipOptions:
     image_weight: Any = traced(default=1.0, zero_is_none=True)
     text_weight: Any = traced(default=1.0, zero_is_none=True)
     label_scale: Any = traced(default=0.0, zero_is_none=True)
+    max_scale: Any = traced(default=0.0, zero_is_none=True)
     iterations: int = 10
 
     def check(self) -> None:
-        for name in ("image_weight", "text_weight", "label_scale", "iterations"):
+        for name in ("image_weight", "text_weight", "label_scale", "max_scale", "iterations"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(
                     f"{name}: must be finite and not negative, got {getattr(self, name)}"
@@ -76,10 +80,11 @@ def _sclip(
     images that they resemble, and the reverse; labels are constants.
 
     As in the SOTAlign baseline: the defaults, and any choice of the grids; its script has
-    ``sides="image"``. As in S-CLIP: ``sides="image"``, ``image_weight=0.5``, ``space="joint"``, and
-    ``batch.pairs`` as large as ``batch.unpaired``; there the gradient goes through the labels too.
-    Its plan is that of 10 iterations, after which columns are still unequal at large scales; the
-    plan that the paper defines has ``iterations=0``. The logit bias is not used.
+    ``sides="image"``. As in S-CLIP: ``sides="image"``, ``image_weight=0.5``, ``space="joint"``,
+    ``max_scale=100``, and ``batch.pairs`` as large as ``batch.unpaired``; there the gradient goes
+    through the labels too. Its plan is that of 10 iterations, after which columns are still unequal
+    at large scales; the plan that the paper defines has ``iterations=0``. The logit bias is not
+    used.
     """
     del moment
     given: SClipOptions = settings.options
@@ -155,4 +160,11 @@ def _reads(config: Any) -> Reads:
     return Reads(unpaired=True, sides=_SIDES[config.sclip.sides])
 
 
-SCLIP = Objective(_sclip, options=SClipOptions, reads=_reads, prior=no_prior)
+def _settle(params: Any, settings: LossSettings) -> Any:
+    if settings.options.max_scale is None:
+        return params
+    most = jnp.log(settings.options.max_scale)
+    return with_log_scale(params, jnp.minimum(params["log_scale"][...], most))
+
+
+SCLIP = Objective(_sclip, options=SClipOptions, reads=_reads, prior=no_prior, settle=_settle)

@@ -139,6 +139,16 @@ def test_weights_and_a_fixed_scale_compile_nothing_anew():
         assert one != structure(**({"image_weight": 0.1, "label_scale": 8.0} | other))
 
 
+@pytest.mark.parametrize(("bound", "expected"), [(0.0, 20.0), (30.0, 20.0), (15.0, 15.0)])
+def test_a_scale_is_brought_back_into_its_bound(bound, expected):
+    run = Run(sclip(max_scale=bound))
+    settled = named(OBJECTIVES["sclip"].settle(run.first.params, run.setup.loss))
+    np.testing.assert_allclose(np.exp(settled.pop("log_scale")), expected, rtol=1e-6)
+    before = named(run.first.params)
+    for name, value in settled.items():
+        np.testing.assert_array_equal(value, before[name])
+
+
 def test_logits_are_no_probabilities():
     config = default_config()
     config.objective = "sclip"
@@ -154,6 +164,7 @@ def test_logits_are_no_probabilities():
         ("sides", "none", "got 'none'; must be one of both, image, text"),
         ("image_weight", -0.1, "must be finite and not negative, got -0.1"),
         ("text_weight", float("nan"), "must be finite and not negative, got nan"),
+        ("max_scale", float("inf"), "must be finite and not negative, got inf"),
         ("label_scale", -1.0, "must be finite and not negative, got -1"),
         ("iterations", -1, "must be finite and not negative, got -1"),
         ("iterations", 1.5, "must be of type int, got 1.5"),

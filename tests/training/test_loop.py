@@ -200,8 +200,17 @@ def interrupt_once(monkeypatch, config, workdir, *, before_write=None, before_sa
         (from_teacher(objective="sail", steps=37, select="best"), {"before_save": 20}),
         (sail(data__resident="never"), {"before_write": 30}),
         (sail(checkpoint_every=20), {"before_write": 40}),
+        # Neighbours are searched again.
+        pytest.param(tiny(objective="nnclr"), {"before_save": 30}, marks=pytest.mark.slow),
     ],
-    ids=["before any checkpoint", "unsaved steps", "best", "streamed", "rare checkpoints"],
+    ids=[
+        "before any checkpoint",
+        "unsaved steps",
+        "best",
+        "streamed",
+        "rare checkpoints",
+        "neighbours",
+    ],
 )
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(config, cut, tmp_path, monkeypatch):
     shortly(config, tmp_path / "through")

@@ -104,6 +104,8 @@ def test_numbers_of_the_loss_and_the_optimiser_on_the_same_batches(tmp_path, mon
     [
         {"objective": "sail"},
         pytest.param({"objective": "sail_semi"}, marks=pytest.mark.slow),
+        pytest.param({"objective": "sclip"}, marks=pytest.mark.slow),
+        pytest.param({"objective": "nnclr"}, marks=pytest.mark.slow),
         pytest.param({"loss__divergence": "cka"}, marks=pytest.mark.slow),
         pytest.param({"loss__divergence": "info_nce"}, marks=pytest.mark.slow),
         pytest.param({"loss__memory": "streamed"}, marks=pytest.mark.slow),
@@ -170,6 +172,7 @@ def test_keys():
         {"loss__teacher_epsilon": 0.3},
         {"optimizer__learning_rate": 1.0},
         {"teacher__ridge": 3.0},
+        {"sclip__image_weight": 10.0, "nnclr__base_weight": 0.1},
         {"mesh__devices": 0},
     ):
         assert together_key(config(**fields)) == base, fields
@@ -180,6 +183,9 @@ def test_keys():
         {"model__dim": 3},
         {"loss__divergence": "cka"},
         {"data__n_pairs": 5},
+        {"sclip__label_scale": 8.0},
+        {"nnclr__text_weight": 0.0},
+        {"nnclr__k": 3},
     ):
         assert together_key(config(**fields)) != base, fields
 
