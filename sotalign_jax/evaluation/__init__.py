@@ -2,6 +2,7 @@
 
 from sotalign_jax.evaluation.diagnosis import Finding, describe, diagnose
 from sotalign_jax.evaluation.duplicates import Duplicates, find_duplicates
+from sotalign_jax.evaluation.examples import Examples, Ranking, rank_queries, retrieval_examples
 from sotalign_jax.evaluation.health import feature_health
 from sotalign_jax.evaluation.retrieval import retrieval_metrics
 from sotalign_jax.evaluation.shift import (
@@ -13,7 +14,9 @@ from sotalign_jax.evaluation.similarity import linear_cka, mutual_knn
 
 __all__ = [
     "Duplicates",
+    "Examples",
     "Finding",
+    "Ranking",
     "circular_wasserstein",
     "describe",
     "diagnose",
@@ -22,6 +25,8 @@ __all__ = [
     "find_duplicates",
     "linear_cka",
     "mutual_knn",
+    "rank_queries",
+    "retrieval_examples",
     "retrieval_metrics",
     "spherical_sliced_wasserstein",
 ]

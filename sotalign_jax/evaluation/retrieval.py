@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from sotalign_jax.numerics import unit_rows
 
-__all__ = ["retrieval_metrics"]
+__all__ = ["retrieval_metrics", "text_owners"]
 
 # Captions of one image handled beside each other; an image with more takes several rows.
 _SLOTS = 8
@@ -67,7 +67,7 @@ def retrieval_metrics(
         raise ValueError(f"ks={ks}: at least one cut-off is needed, each at least 1")
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size}: must be at least 1")
-    owner = _check(image, text, text_to_image)
+    owner = text_owners(image, text, text_to_image)
     image, text = unit_rows(image), unit_rows(text)
     n, m = len(image), len(text)
 
@@ -93,7 +93,7 @@ def retrieval_metrics(
     return metrics
 
 
-def _check(image, text, text_to_image) -> np.ndarray:
+def text_owners(image, text, text_to_image) -> np.ndarray:
     """The owner (image row) of every text, or a ValueError that names the bad argument."""
     shapes = {}
     for name, rows in (("image", image), ("text", text)):
