@@ -1,5 +1,6 @@
 """Features on disk and in memory: tables, formats, joins, splits, and the embedded data."""
 
+from sotalign_jax.features.annotations import read_captions, read_thumbnails
 from sotalign_jax.features.embedded import (
     emoji,
     emoji_metadata,
@@ -45,6 +46,8 @@ __all__ = [
     "openclipart_table",
     "pair",
     "platonic_world",
+    "read_captions",
+    "read_thumbnails",
     "refuse_bad_rows",
     "split_pairs",
     "write_store",

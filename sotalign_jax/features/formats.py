@@ -33,7 +33,7 @@ from sotalign_jax.features.store import (
     to_float32,
 )
 
-__all__ = ["open_features"]
+__all__ = ["open_features", "split_key"]
 
 SAFETENSORS_DTYPES = {
     "F16": np.dtype(np.float16),
@@ -77,7 +77,7 @@ def open_features(
             or an array that is not 2-d and floating. The message names the path.
     """
     if key is None:
-        path, key = _split_key(os.fspath(path))
+        path, key = split_key(os.fspath(path))
     path = pathlib.Path(path)
     if not path.exists():
         raise MissingFileError(f"{path}: no such file or directory")
@@ -104,7 +104,7 @@ def open_features(
     )
 
 
-def _split_key(path: str) -> tuple[str, str | None]:
+def split_key(path: str) -> tuple[str, str | None]:
     """File and key of ``FILE:KEY``; the path as it is, and None, if it names no key."""
     splits = [(path[: m.end()], path[m.end() + 1 :]) for m in KEYED.finditer(path)]
     if not splits or os.path.exists(path):

@@ -319,6 +319,11 @@ class FeatureTable:
         starts = range(0, len(self), size)
         return (self.read(slice(start, start + size)) for start in starts)
 
+    @property
+    def stored_rows(self) -> Int[np.ndarray, " n"]:
+        """Which row of the sources, stacked, each row is."""
+        return np.arange(len(self)) if self._selection is None else self._selection
+
     def disk_order(self) -> Int[np.ndarray, " n"]:
         """Indices of all rows in the order in which they are stored."""
         if self._selection is None:
