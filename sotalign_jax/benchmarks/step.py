@@ -44,6 +44,7 @@ PARTS = (
     ("student's plan (Sinkhorn)", "student_plan"),
     ("teacher's plan (Sinkhorn)", "teacher_plan"),
     ("KLOT value and gradient", "jit(_contrast)"),
+    ("sharpness of the plans", "sharpness"),
     ("projections, forward and backward", "project"),
     ("affinities of the divergence, and back", "divergence"),
     ("SigLIP, forward and backward", "siglip"),

@@ -1,5 +1,6 @@
 """Entropic optimal transport on ``ott``: affinities in, plans out."""
 
+from sotalign_jax.transport.entropy import perplexity, row_entropy
 from sotalign_jax.transport.geometry import AffinityGeometry
 from sotalign_jax.transport.plan import Plan, ProblemError
 from sotalign_jax.transport.sinkhorn import solve
@@ -11,5 +12,7 @@ __all__ = [
     "ProblemError",
     "StreamedAffinity",
     "StreamedGeometry",
+    "perplexity",
+    "row_entropy",
     "solve",
 ]

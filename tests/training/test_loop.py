@@ -70,6 +70,8 @@ def test_metrics_hold_every_logged_step_once(finished):
             "train/teacher_marginal_error",
             "train/student_iterations",
             "train/teacher_iterations",
+            "train/student_perplexity",
+            "train/teacher_perplexity",
             "time/steps_per_second",
             "time/rows_per_second",
             "val/t2i/recall@1",

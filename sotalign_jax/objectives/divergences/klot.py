@@ -8,6 +8,7 @@ from jaxtyping import Array
 
 from sotalign_jax import losses
 from sotalign_jax.features.batches import Batch
+from sotalign_jax.numerics import matmul, unit_rows
 from sotalign_jax.objectives.base import (
     Divergence,
     LossSettings,
@@ -17,8 +18,12 @@ from sotalign_jax.objectives.base import (
     counts,
     whole,
 )
+from sotalign_jax.transport import Plan, perplexity
 
 __all__ = ["KLOT"]
+
+# Images by which the sharpness of a plan is told.
+_LOOKED_AT = 64
 
 
 def _klot(
@@ -26,7 +31,7 @@ def _klot(
 ) -> tuple[Array, Outcome]:
     mask, _ = counts(image, settings.sizes[1], settings)
     _, text_mask = counts(text, settings.sizes[2], settings)
-    text = whole(text, settings)
+    text, teacher_text = whole(text, settings), whole(batch.teacher_text, settings)
 
     def init(potential, share: float):
         # The first update of a balanced problem replaces the potentials of the columns.
@@ -36,7 +41,7 @@ def _klot(
         image,
         text,
         batch.teacher_image,
-        whole(batch.teacher_text, settings),
+        teacher_text,
         epsilon=settings.epsilon,
         teacher_epsilon=settings.teacher_epsilon,
         a=None if mask is None else mask.astype(jnp.float32) / settings.sizes[1],
@@ -59,6 +64,10 @@ def _klot(
         "train/teacher_marginal_error": info.teacher.marginal_error,
         "train/student_iterations": info.student.iterations.astype(jnp.float32),
         "train/teacher_iterations": info.teacher.iterations.astype(jnp.float32),
+        "train/student_perplexity": _perplexity(info.student, image, text, settings),
+        "train/teacher_perplexity": _perplexity(
+            info.teacher, batch.teacher_image, teacher_text, settings
+        ),
     }
     potentials = RowPotentials(
         *(
@@ -67,6 +76,23 @@ def _klot(
         )
     )
     return value, Outcome(metrics, potentials)
+
+
+@jax.named_scope("sharpness")
+def _perplexity(plan: Plan, image: Array, text: Array, settings: LossSettings) -> Array:
+    """The sharpness of a plan, by the first images of the batch: all would cost a pass of its own.
+
+    The same images on any number of devices, on the first of which they are.
+    """
+    rows = image.shape[0]
+    image, text = jax.lax.stop_gradient((image[:_LOOKED_AT], text))
+    weights = None
+    if settings.axis_name is not None:
+        first = jax.lax.axis_index(settings.axis_name) * rows
+        here = first + jnp.arange(image.shape[0], dtype=jnp.int32)
+        weights = (here < min(_LOOKED_AT, settings.sizes[1])).astype(jnp.float32)
+    affinity = matmul(unit_rows(image), unit_rows(text).T, "float32")
+    return perplexity(plan, affinity, weights=weights, axis_name=settings.axis_name)
 
 
 def _centred(potential: Array, mask: Array | None, settings: LossSettings) -> Array:
