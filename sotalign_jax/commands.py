@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from sotalign_jax import evaluation, features, sweeps, training
+from sotalign_jax import evaluation, features, reports, sweeps, training
 from sotalign_jax.config import Config, validate
 from sotalign_jax.features import FeatureTable, Pairs
 from sotalign_jax.models import Aligner
@@ -21,7 +21,17 @@ from sotalign_jax.training.evaluate import CHUNK, check_width
 from sotalign_jax.training.metrics import ProgressBar, make_console
 from sotalign_jax.training.workdir import read_json, write_json
 
-__all__ = ["USAGE", "compare", "diagnose", "embed", "evaluate", "fit_teacher", "inspect", "train"]
+__all__ = [
+    "USAGE",
+    "compare",
+    "diagnose",
+    "embed",
+    "evaluate",
+    "fit_teacher",
+    "inspect",
+    "report",
+    "train",
+]
 
 USAGE = """sotalign: semi-supervised alignment of frozen image and text encoders
 
@@ -32,6 +42,7 @@ USAGE = """sotalign: semi-supervised alignment of frozen image and text encoders
   sotalign embed       --workdir=DIR [--image=F] [--text=F] [--out=DIR]    features to embeddings
   sotalign fit-teacher --config=FILE.py --out=DIR        the linear teacher alone, as an aligner
   sotalign diagnose    --config=FILE.py [--out=FILE.json]    is its data worth training on?
+  sotalign report      DIR [--out=FILE.html]    a page on a run, a comparison or a sweep
   sotalign inspect     PATH ...                          features, an aligner or a run, described
 
 Any field of a config can be set on the command line: --config.loss.alpha=0.1
@@ -218,6 +229,18 @@ def inspect(paths: list[str], console: Console | None = None) -> None:
         else:
             _describe_features(table, path)
         console.print(table)
+
+
+def report(paths: list[str], out: str | None = None, console: Console | None = None) -> Path:
+    """Write one HTML page on a run, a comparison or a sweep, finished or not."""
+    if len(paths) != 1:
+        raise ValueError(f"report: give one directory of a run or a sweep, got {len(paths)}")
+    console = console or make_console()
+    written, problems = reports.write_report(paths[0], out)
+    for problem in problems:
+        console.print(problem, highlight=False, markup=False, soft_wrap=True)
+    console.print(f"report: {written}", highlight=False, markup=False, soft_wrap=True)
+    return written
 
 
 def load_aligner(workdir: str) -> Aligner:

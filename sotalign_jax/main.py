@@ -23,7 +23,12 @@ COMMANDS = {
     "diagnose": lambda: commands.diagnose(_needed(_CONFIG), _OUT.value),
     "fit-teacher": lambda: commands.fit_teacher(_needed(_CONFIG), _needed(_OUT)),
 }
-WORDS = {"inspect": commands.inspect, "sweep": sweep_commands.sweep}  # commands that take words
+# Commands that take words.
+WORDS = {
+    "inspect": commands.inspect,
+    "report": lambda words: commands.report(words, _OUT.value),
+    "sweep": sweep_commands.sweep,
+}
 
 
 def _needed(flag):

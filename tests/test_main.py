@@ -177,7 +177,7 @@ def test_a_rate_that_blows_up_gives_status_3(tmp_path, here):
 def test_usage(arguments, status, here):
     found, out, _ = here(*arguments)
     assert found == status
-    for command in ("train", "compare", "evaluate", "embed", "fit-teacher", "inspect"):
+    for command in ("train", "compare", "evaluate", "embed", "fit-teacher", "report", "inspect"):
         assert f"sotalign {command} " in out
 
 
@@ -387,6 +387,23 @@ def test_inspect_describes_features_aligners_and_runs(trained, files, tmp_path, 
     assert status == 2 and "give one or more paths" in err
     status, _, err = here("inspect", tmp_path / "none.npy")
     assert status == 2 and "none.npy" in err and err.count("\n") == 1
+
+
+def test_report_writes_a_page_and_nothing_over_what_is_no_page(trained, tmp_path, here):
+    pytest.importorskip("matplotlib")
+    page = tmp_path / "new" / "page.html"
+    status, out, _ = here("report", trained, f"--out={page}")
+    assert status == 0 and out == f"report: {page}\n"
+    text = page.read_text()
+    assert "Best and worst retrievals" in text and "row 7" in text and "<svg" in text
+    assert here("report", trained, f"--out={page}")[0] == 0 and page.read_text() == text
+    page.write_text("mine")
+    status, _, err = here("report", trained, f"--out={page}")
+    assert status == 2 and "exists and is no report" in err and page.read_text() == "mine"
+    status, _, err = here("report")
+    assert status == 2 and "report: give one directory of a run or a sweep, got 0" in err
+    status, _, err = here("report", tmp_path / "none")
+    assert status == 2 and "none is not a directory" in err and err.count("\n") == 1
 
 
 def test_version_is_a_version():

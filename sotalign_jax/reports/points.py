@@ -1,0 +1,255 @@
+"""A comparison or a sweep as a list of runs: what each is, where it stands, how far it is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sotalign_jax.config import flatten
+from sotalign_jax.training.workdir import read_json
+
+__all__ = ["Group", "Point", "Points", "read_points"]
+
+Scores = Mapping[str, float]
+
+SEED = "seed"
+LABEL = "label."
+# Fields that do not change what comes of a run.
+_NO_MATTER = ("compare.", "metrics.", "mesh.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One run of several.
+
+    Attributes:
+        name: of its directory, for anchors and for people.
+        given: what it was given of its own: labels as ``"label.NAME"``, and fields.
+        path: its directory, which need not be there yet.
+        config: all its fields, flat; only those given of a run that has not started.
+        results: of a finished run, else None.
+        failure: why it failed last, else empty.
+    """
+
+    name: str
+    given: Mapping[str, Any]
+    path: Path
+    config: Mapping[str, Any]
+    results: Mapping[str, Any] | None
+    failure: str = ""
+
+    @property
+    def state(self) -> str:
+        """How far it is."""
+        if self.results is not None:
+            return "finished"
+        if self.failure:
+            return "failed"
+        return "started" if (self.path / "config.json").exists() else "waiting"
+
+    def value(self, axis: str) -> Any:
+        """A label, or a field; None of what is not known."""
+        return self.given[axis] if axis in self.given else self.config.get(axis)
+
+    def scores(self, split: str) -> Scores | None:
+        """Its retrieval on the test or on the validation pairs."""
+        found = None if self.results is None else self.results.get(split)
+        return found if isinstance(found, Mapping) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Runs that differ in the seed alone.
+
+    Attributes:
+        values: of the axes of `Points`, in their order.
+        seeds: retrieval by seed, of those that are finished.
+        val: the same on validation.
+        wanted: how many seeds there will be.
+    """
+
+    values: tuple[Any, ...]
+    seeds: Mapping[Any, Scores]
+    val: Mapping[Any, Scores]
+    wanted: int
+
+    @property
+    def title(self) -> str:
+        """Its values, for people."""
+        return ", ".join(_shown(value) for value in self.values if value is not None) or "all"
+
+    def metric(self, name: str, split: Mapping[Any, Scores] | None = None) -> list[float]:
+        """A metric of every finished seed that has it."""
+        return [s[name] for s in (self.seeds if split is None else split).values() if name in s]
+
+
+@dataclasses.dataclass(frozen=True)
+class Points:
+    """The runs of a comparison or a sweep.
+
+    Attributes:
+        kind: "comparison" or "sweep".
+        name: of the directory, or of the sweep's file.
+        points: in the order in which they were asked for.
+        axes: labels and fields that tell the groups apart.
+        more: rows of the tables that are no runs (the teacher of a comparison).
+        records: what else was written down, by the name of its file.
+    """
+
+    kind: str
+    name: str
+    points: Sequence[Point]
+    axes: tuple[str, ...]
+    more: Sequence[Group]
+    records: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def split(self) -> str:
+        """Which held-out pairs the tables are about: test where any run has them."""
+        found = [p for p in self.points if p.results is not None]
+        return "val" if found and not any(p.scores("test") for p in found) else "test"
+
+    def alike(self) -> list[list[Point]]:
+        """Points that differ in the seed alone, together."""
+        members: dict[tuple[str, ...], list[Point]] = {}
+        for point in self.points:
+            key = tuple(repr(point.value(axis)) for axis in self.axes)
+            members.setdefault(key, []).append(point)
+        return list(members.values())
+
+    def groups(self) -> list[Group]:
+        """What stands beside the points, and the points without their seeds."""
+        groups = []
+        for some in self.alike():
+            held_out, val = (
+                {p.value(SEED): s for p in some if (s := p.scores(split)) is not None}
+                for split in (self.split, "val")
+            )
+            wanted = len({p.value(SEED) for p in some})
+            groups.append(Group(tuple(some[0].value(a) for a in self.axes), held_out, val, wanted))
+        return [*self.more, *groups]
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def read_points(directory: Path) -> Points | None:
+    """The runs of a comparison or a sweep.
+
+    Args:
+        directory: holds ``sweep.json`` and ``points/``, or what `sotalign_jax.sweeps.compare` left.
+
+    Returns:
+        The runs; None where the directory is neither.
+
+    Raises:
+        ValueError: a file that does not hold what it should.
+    """
+    if (directory / "sweep.json").exists():
+        return _sweep(directory)
+    config = directory / "config.json"
+    if not config.exists() or (directory / "metrics.jsonl").exists():
+        return None
+    compare = _object(config).get("compare") or {}
+    methods, seeds = compare.get("methods") or {}, compare.get("seeds") or ()
+    # A run may have a comparison in its configuration.
+    if not any((directory / name).is_dir() for name in methods):
+        return None
+    return _comparison(directory, methods, seeds, str(compare.get("teacher") or ""))
+
+
+def _sweep(directory: Path) -> Points:
+    record = _object(directory / "sweep.json")
+    try:
+        points = [
+            _point(
+                directory / "points" / str(one["key"]),
+                str(one["key"]),
+                {f"{LABEL}{name}": value for name, value in one["labels"].items()}
+                | dict(one["fields"]),
+            )
+            for one in record["points"]
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{directory / 'sweep.json'}: a point lacks its key, labels or fields ({error})"
+        ) from None
+    name = str(record.get("name") or directory.resolve().name)
+    return Points("sweep", name, points, _axes(points), (), {})
+
+
+def _comparison(directory: Path, methods: Mapping[str, Any], seeds, teacher: str) -> Points:
+    points = [
+        _point(
+            directory / method / f"seed_{seed}",
+            f"{method}-seed_{seed}",
+            {f"{LABEL}method": method, SEED: seed},
+        )
+        for method in methods
+        for seed in seeds
+    ]
+    # The teacher of the comparison is that of the methods that have none of their own.
+    plain = {m for m, fields in methods.items() if not {"teacher", "data"} & set(fields)}
+    scores = {
+        split: {
+            p.given[SEED]: found
+            for p in points
+            if p.given[f"{LABEL}method"] in plain and (found := p.scores(f"teacher_{split}"))
+        }
+        for split in ("test", "val")
+    }
+    more = [Group((teacher,), scores["test"], scores["val"], len(seeds))] if teacher else []
+    records = {}
+    for name in ("tuning.json",):
+        if (directory / name).exists():
+            records[name] = _object(directory / name)
+    name = directory.resolve().name
+    axes = (f"{LABEL}method",)
+    return Points("comparison", name, points, axes, [g for g in more if g.seeds], records)
+
+
+def _point(path: Path, name: str, given: dict[str, Any]) -> Point:
+    config, results = path / "config.json", path / "results.json"
+    failed = path.with_name(f"{path.name}.failed.json")
+    return Point(
+        name,
+        given,
+        path,
+        flatten(_object(config)) if config.exists() else given,
+        _object(results) if results.exists() else None,
+        str(_object(failed).get("message", "")) if failed.exists() else "",
+    )
+
+
+def _object(path: Path) -> Mapping[str, Any]:
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _axes(points: Sequence[Point]) -> tuple[str, ...]:
+    """Labels, and those of the varying fields that tell more apart than labels and numbers do."""
+    names = [n for n in dict.fromkeys(name for p in points for name in p.given) if n != SEED]
+    axes = [n for n in names if len({repr(p.value(n)) for p in points}) > 1]
+
+    def groups(some: Sequence[str]) -> int:
+        return len({tuple(repr(p.value(axis)) for axis in some) for p in points})
+
+    # Numbers are kept before names of things: they are what curves are drawn against.
+    fields = [a for a in axes if not a.startswith(LABEL)]
+    for axis in sorted(fields, key=lambda axis: is_numeric(points, axis)):
+        without = [a for a in axes if a != axis]
+        if groups(without) == groups(axes):
+            axes = without
+    return tuple(axes)
+
+
+def is_numeric(points: Sequence[Point], axis: str) -> bool:
+    """Whether an axis holds numbers, and more than one of them."""
+    values = {p.value(axis) for p in points if isinstance(p.value(axis), int | float | bool)}
+    known = all(isinstance(p.value(axis), int | float | None) for p in points)
+    return known and not any(isinstance(v, bool) for v in values) and len(values) > 1

@@ -1,0 +1,363 @@
+"""The page of a comparison or a sweep: its tables, curves over what was varied, and its points."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sotalign_jax.config import flatten
+from sotalign_jax.reports.figures import COLOURS, figure
+from sotalign_jax.reports.markup import Markup, fold, page, section, table, tag
+from sotalign_jax.reports.points import LABEL, SEED, Group, Point, Points, is_numeric
+from sotalign_jax.reports.tables import METRICS, headings, mean_and_spread, show_value
+
+__all__ = ["sweep_page"]
+
+# Of one figure.
+_MOST_LINES = len(COLOURS)
+_MOST_BARS = 40
+_DRAWN = ("mean_recall@1", "mean_recall@10")
+# Methods in a matrix of differences.
+_MOST_COMPARED = 12
+
+
+def sweep_page(points: Points) -> tuple[str, list[str]]:
+    """The page of several runs, finished or not.
+
+    Args:
+        points: the runs.
+
+    Returns:
+        The text of the file, and what it could not show.
+    """
+    groups = points.groups()
+    split = {"test": "test pairs", "val": "validation pairs"}[points.split]
+    done = [group for group in groups if group.seeds]
+    parts = [_header(points)]
+    if done:
+        parts.append(section("Retrieval", _table(points, groups, split), *_tuning(points)))
+        if points.kind == "comparison" and 2 <= len(done) <= _MOST_COMPARED:
+            parts.append(section("Paired differences", *_differences(done)))
+        figures = list(_curves(points, done)) or list(_bars(done))
+        if figures:
+            note = f"On the {split}; bands and whiskers: one standard deviation over seeds."
+            parts.append(
+                section(
+                    "Curves" if any(is_numeric(points.points, a) for a in points.axes) else "Runs",
+                    tag("p", note, class_="note"),
+                    tag("div", *figures, class_="figures large"),
+                )
+            )
+    parts.append(section("Points", _point_table(points), *_details(points)))
+    return page(f"{points.name}: sotalign {points.kind}", *parts), []
+
+
+def _header(points: Points) -> Markup:
+    states = [point.state for point in points.points]
+    finished, failed = states.count("finished"), states.count("failed")
+    text = f"{finished} of {len(states)} runs finished"
+    if failed:
+        text += f", {failed} failed"
+    done = "done" if finished == len(states) else "open"
+    seeds = {point.value(SEED) for point in points.points}
+    about = f"{points.kind}: {len(states)} runs"
+    if len(seeds) > 1:
+        about += f", {len(seeds)} seeds"
+    if points.axes:
+        about += f", varied: {', '.join(map(_axis, points.axes))}"
+    return tag(
+        "header",
+        tag("h1", points.name, " ", tag("span", text, class_=f"state {done}")),
+        tag("p", about, class_="soft"),
+    )
+
+
+def _axis(name: str) -> str:
+    return name.removeprefix(LABEL)
+
+
+def _table(points: Points, groups: Sequence[Group], split: str) -> Markup:
+    best = {
+        metric: max(
+            (statistics.fmean(v) for g in groups if (v := g.metric(metric))), default=float("nan")
+        )
+        for metric in METRICS
+    }
+
+    def cell(group: Group, metric: str) -> object:
+        values = group.metric(metric)
+        if not values:
+            return "–"
+        mean, spread = mean_and_spread(values)
+        # All that read the same are best.
+        top = len(groups) > 1 and mean == f"{100 * best[metric]:.1f}"
+        small = tag("small", f" ±{spread}", class_="soft") if spread else None
+        return tag("span", tag("b", mean) if top else mean, small)
+
+    def row(group: Group) -> list[object]:
+        count = str(len(group.seeds))
+        if len(group.seeds) < group.wanted:
+            count += f" of {group.wanted}"
+        values = [show_value(v) if v is not None else "" for v in group.values] or ["all"]
+        return [*values, *(cell(group, metric) for metric in METRICS), count]
+
+    axes = [_axis(axis) for axis in points.axes] or [""]
+    spread = ", mean ± standard deviation over seeds" if _several_seeds(groups) else ""
+    return table(
+        [*axes, *headings(), "seeds"],
+        map(row, groups),
+        caption=f"Recall on the {split}, in percent{spread}; the best in bold",
+        text=len(axes),
+    )
+
+
+def _several_seeds(groups: Sequence[Group]) -> bool:
+    return any(len(group.seeds) > 1 for group in groups)
+
+
+def _tuning(points: Points) -> Iterator[Markup]:
+    chosen = points.records.get("tuning.json")
+    if chosen:
+        rows = [(name, tag("code", _flat(fields))) for name, fields in chosen.items()]
+        yield fold("what tuning chose", table(["method", "fields"], rows, text=2))
+
+
+def _flat(fields: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={show_value(value)}" for name, value in flatten(fields).items())
+
+
+def _differences(groups: Sequence[Group]) -> Iterator[Markup]:
+    """Every method against those that are worse, seed by seed."""
+    for metric in _DRAWN:
+        having = [group for group in groups if group.metric(metric)]
+        ranked = sorted(having, key=lambda group: statistics.fmean(group.metric(metric)))
+        rows = []
+        for group in ranked[1:]:
+            cells: list[object] = []
+            for reference in ranked[:-1]:
+                below = ranked.index(reference) < ranked.index(group)
+                cells.append(_difference(group, reference, metric) if below else "")
+            rows.append([group.title, *cells])
+        if rows:
+            yield table(
+                ["", *(f"− {reference.title}" for reference in ranked[:-1])],
+                rows,
+                caption=(
+                    f"Mean R@{metric.split('@')[1]}, in points: mean ± standard deviation over "
+                    "seeds (smallest, largest)"
+                ),
+            )
+
+
+def _difference(group: Group, reference: Group, metric: str) -> object:
+    shared = [seed for seed in group.seeds if seed in reference.seeds]
+    deltas = [100 * (group.seeds[s][metric] - reference.seeds[s][metric]) for s in shared]
+    if not deltas:
+        return "–"
+    text = f"{statistics.fmean(deltas):+.1f}"
+    if len(deltas) == 1:
+        return text
+    spread = tag("br"), tag("small", f"({min(deltas):+.1f}, {max(deltas):+.1f})", class_="soft")
+    return tag("span", f"{text} ± {statistics.stdev(deltas):.1f}", *spread)
+
+
+# ---- figures
+
+
+def _curves(points: Points, groups: Sequence[Group]) -> Iterator[Markup]:
+    """Recall against each number that was varied."""
+    for place, axis in enumerate(points.axes):
+        if not is_numeric(points.points, axis):
+            continue
+        lines, note = _lines(points, groups, place)
+        if not any(len(line) > 1 for line in lines.values()):
+            continue
+        for metric in _DRAWN:
+            yield _curve(axis, metric, lines, note)
+
+
+def _lines(
+    points: Points, groups: Sequence[Group], place: int
+) -> tuple[dict[str, dict[Any, Group]], str]:
+    """Groups by what else they are and by the axis at that place; and a note on what was chosen.
+
+    Where that makes too many lines, the other numbers are chosen on validation.
+    """
+
+    def by(keep: Sequence[int]) -> dict[str, dict[Any, Group]]:
+        lines: dict[str, dict[Any, Group]] = {}
+        for group in groups:
+            x = group.values[place] if place < len(group.values) else None
+            if not isinstance(x, int | float):
+                continue
+            name = ", ".join(show_value(group.values[i]) for i in keep)
+            line = lines.setdefault(name, {})
+            if x not in line or _on_validation(group) > _on_validation(line[x]):
+                line[x] = group
+        return lines
+
+    others = [i for i in range(len(points.axes)) if i != place]
+    lines = by(others)
+    if len(lines) <= _MOST_LINES:
+        return lines, ""
+    names = [i for i in others if not is_numeric(points.points, points.axes[i])]
+    chosen = [_axis(points.axes[i]) for i in others if i not in names]
+    lines = by(names)
+    note = f"{', '.join(chosen)} chosen on validation" if chosen else ""
+    if len(lines) > _MOST_LINES:
+        best = sorted(lines, key=lambda name: -max(map(_on_validation, lines[name].values())))
+        lines = {name: lines[name] for name in lines if name in best[:_MOST_LINES]}
+        note += f"{'; ' if note else ''}the best {_MOST_LINES} of {len(best)} lines"
+    return lines, note
+
+
+def _on_validation(group: Group) -> float:
+    values = group.metric(_DRAWN[0], group.val)
+    return statistics.fmean(values) if values else float("-inf")
+
+
+def _curve(axis: str, metric: str, lines: Mapping[str, Mapping[Any, Group]], note: str) -> Markup:
+    def draw(axes: Any) -> None:
+        numbers: set[Any] = set()
+        for colour, (name, line) in zip(COLOURS, lines.items(), strict=False):
+            x = sorted(number for number, group in line.items() if group.metric(metric))
+            numbers |= set(x)
+            values = [[100 * v for v in line[number].metric(metric)] for number in x]
+            means = [statistics.fmean(v) for v in values]
+            spreads = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
+            axes.plot(x, means, color=colour, marker="o", label=name or None)
+            low, high = (
+                [m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1)
+            )
+            axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        _scale(axes, numbers)
+        axes.set_xlabel(_axis(axis))
+        axes.set_ylabel("%")
+        if any(lines):
+            axes.legend(fontsize="small")
+
+    k = metric.split("@")[1]
+    name = f"over-{axis}-{k}".replace(".", "-")
+    title = f"Mean R@{k} against {_axis(axis)}"
+    return figure(name, draw, title=title, note=note, size=(5.4, 3.2))
+
+
+def _scale(axes: Any, numbers: set[Any]) -> None:
+    """A logarithmic axis where the numbers ask for one; zero then stands at its left end."""
+    positive = [number for number in numbers if number > 0]
+    if not positive or min(numbers) < 0 or max(positive) < 20 * min(positive):
+        return
+    if len(positive) == len(numbers):
+        axes.set_xscale("log")
+    else:
+        axes.set_xscale("symlog", linthresh=min(positive))
+
+
+def _bars(groups: Sequence[Group]) -> Iterator[Markup]:
+    """A dot a seed, a line at the mean; the best on top."""
+    for metric in _DRAWN:
+        having = [group for group in groups if group.metric(metric)]
+        ranked = sorted(having, key=lambda group: statistics.fmean(group.metric(metric)))
+        ranked = ranked[-_MOST_BARS:]
+        if len(ranked) < 2:
+            continue
+
+        def draw(axes: Any, ranked=ranked, metric=metric) -> None:
+            for y, group in enumerate(ranked):
+                values = [100 * value for value in group.metric(metric)]
+                mean = statistics.fmean(values)
+                spread = statistics.stdev(values) if len(values) > 1 else 0.0
+                axes.plot([mean - spread, mean + spread], [y, y], color=COLOURS[0], linewidth=1)
+                axes.plot(values, [y] * len(values), "o", color=COLOURS[0], alpha=0.45)
+                axes.plot([mean], [y], "|", color=COLOURS[1], markersize=12, markeredgewidth=2)
+            axes.set_yticks(range(len(ranked)), [_short(group.title) for group in ranked])
+            axes.set_xlabel("%")
+            axes.grid(axis="y", visible=False)
+
+        k = metric.split("@")[1]
+        yield figure(
+            f"runs-{k}",
+            draw,
+            title=f"Mean R@{k}",
+            note="dots: seeds; upright: their mean",
+            size=(5.4, 0.9 + 0.3 * len(ranked)),
+        )
+
+
+def _short(title: str, most: int = 40) -> str:
+    return title if len(title) <= most else f"{title[: most - 1]}…"
+
+
+# ---- points
+
+
+def _point_table(points: Points) -> Markup:
+    split = points.split
+
+    def row(number: int, point: Point, first: Point) -> list[object]:
+        scores = point.scores(split) or {}
+        results = point.results or {}
+        recalls = [f"{100 * scores[m]:.1f}" if m in scores else "" for m in _DRAWN]
+        values = [point.value(axis) for axis in (*points.axes, SEED)]
+        return [
+            tag("a", str(number), href=f"#{_anchor(first)}"),
+            *(show_value(value) if value is not None else "" for value in values),
+            tag("span", point.state, title=point.failure or None),
+            tag("code", Path(*point.path.parts[-2:])),
+            *recalls,
+            f"{results['selected_step']:,}" if "selected_step" in results else "",
+            f"{results['seconds']:.0f} s" if "seconds" in results else "",
+        ]
+
+    firsts = {point.name: members[0] for members in points.alike() for point in members}
+    rows = [row(number, p, firsts[p.name]) for number, p in enumerate(points.points, 1)]
+    recalls = [f"mean R@{metric.split('@')[1]}" for metric in _DRAWN]
+    axes = [_axis(axis) for axis in points.axes]
+    return table(
+        ["", *axes, "seed", "state", "directory", *recalls, "step", "time"],
+        rows,
+        caption="Every run; its number leads to what differs in it",
+        text=len(axes) + 4,
+    )
+
+
+def _details(points: Points) -> Iterator[Markup]:
+    """What all runs share, and what those that differ in the seed alone have of their own."""
+    started = [point.config for point in points.points if "steps" in point.config]
+    first = started[0] if started else {}
+    shared = {n: v for n, v in first.items() if all(c.get(n) == v for c in started[1:])}
+    shared = {name: value for name, value in shared.items() if name != SEED}
+    cards = [_card(points, members, shared) for members in points.alike()]
+    yield tag("h3", "What differs")
+    yield tag("div", *cards, class_="points")
+    if shared:
+        rows = [(tag("code", name), show_value(value)) for name, value in shared.items()]
+        heads = ["field", "value"]
+        yield fold(f"{len(rows)} fields that all runs share", table(heads, rows, text=2))
+
+
+def _card(points: Points, members: Sequence[Point], shared: Mapping[str, Any]) -> Markup:
+    # One that has started knows all its fields.
+    point = max(members, key=lambda point: len(point.config))
+    title = [show_value(v) for axis in points.axes if (v := point.value(axis)) is not None]
+    fields = {name: v for name, v in point.given.items() if not name.startswith(LABEL)}
+    own = {n: v for n, v in {**fields, **point.config}.items() if n not in (*shared, SEED)}
+    rows = [(tag("code", name), show_value(value)) for name, value in own.items()]
+    failures = [
+        tag("p", f"seed {show_value(one.value(SEED))} failed: {one.failure}", class_="down")
+        for one in members
+        if one.failure and one.results is None
+    ]
+    return tag(
+        "div",
+        tag("h4", ", ".join(title) or "all"),
+        table(["field", "value"], rows, text=2) if rows else None,
+        *failures,
+        id=_anchor(members[0]),
+    )
+
+
+def _anchor(point: Point) -> str:
+    return f"point-{point.name}"

@@ -1,0 +1,238 @@
+"""Pages of comparisons and sweeps, on numbers that were worked out by hand."""
+
+import json
+import re
+
+import pytest
+from report_runs import Page, emoji_config, write_comparison, write_run, write_sweep
+
+from sotalign_jax.reports import write_report
+from sotalign_jax.reports.points import read_points
+
+
+def page_of(path, tmp_path):
+    written, problems = write_report(path, tmp_path / "page.html")
+    assert problems == []
+    return Page(written.read_text())
+
+
+def table_of(page, head):
+    """The table one of whose columns has that head."""
+    return next(table for table in page.tables if head in table[0])
+
+
+# ---- comparisons
+
+VALUES = {"base": {1: 0.2, 2: 0.4}, "ours": {1: 0.3, 2: 0.6}}
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    home = tmp_path_factory.mktemp("compare")
+    path = write_comparison(home / "home", VALUES, ours={"teacher": {"ridge": 0.5}})
+    return path, page_of(path, home)
+
+
+def test_a_comparison_is_means_and_spreads_over_seeds(compared):
+    _, page = compared
+    heads, *rows = table_of(page, "seeds")
+    assert heads[:4] == ["method", "T2I R@1", "R@5", "R@10"] and len(heads) == 11
+    # Standard deviations of two: half the difference, times the root of two.
+    assert rows[0] == ["cca", *["25.0 ±0.0"] * 9, "2"]
+    assert rows[1] == ["base", *["30.0 ±14.1"] * 9, "2"]
+    assert rows[2] == ["ours", *["45.0 ±21.2"] * 9, "2"]
+    assert "4 of 4 runs finished" in page.text
+
+
+def test_differences_are_paired_by_seed(compared):
+    _, page = compared
+    tables = [table for table in page.tables if "− base" in table[0]]
+    assert len(tables) == 2  # R@1 and R@10
+    for heads, *rows in tables:
+        assert heads == ["", "− cca", "− base"]
+        assert rows[0] == ["base", "+5.0 ± 14.1(-5.0, +15.0)", ""]
+        assert rows[1] == ["ours", "+20.0 ± 21.2(+5.0, +35.0)", "+15.0 ± 7.1(+10.0, +20.0)"]
+
+
+def test_the_teacher_of_a_comparison_is_that_of_methods_without_their_own(tmp_path):
+    path = write_comparison(
+        tmp_path / "home", VALUES, ours={"teacher": {"ridge": 0.5}}, base={"data": {"n_pairs": 9}}
+    )
+    points = read_points(path)
+    assert points is not None and not points.more
+    assert "cca" not in {row[0] for row in table_of(page_of(path, tmp_path), "seeds")}
+
+
+def test_a_comparison_that_is_not_finished(tmp_path):
+    values = {"base": {1: 0.2, 2: None}, "ours": {1: None, 2: None}}
+    path = write_comparison(tmp_path / "home", values)
+    page = page_of(path, tmp_path)
+    _, teacher, base, ours = table_of(page, "seeds")
+    assert teacher[-1] == "1 of 2" and base[1:] == ["20.0"] * 9 + ["1 of 2"]
+    assert ours == ["ours", *["–"] * 9, "0 of 2"]
+    assert "1 of 4 runs finished" in page.text
+    states = [row[3] for row in table_of(page, "directory")[1:]]
+    assert states == ["finished", "started", "started", "started"]
+
+
+def test_a_run_with_a_comparison_in_its_configuration_is_a_run(tmp_path):
+    config = emoji_config()
+    with config.unlocked():
+        config.compare.methods = {"base": {"objective": "sail"}}
+    assert read_points(write_run(tmp_path / "run", config)) is None
+
+
+def test_what_tuning_chose_is_shown(tmp_path):
+    path = write_comparison(tmp_path / "home", VALUES)
+    (path / "tuning.json").write_text(json.dumps({"ours": {"loss": {"alpha": 0.25}}}))
+    page = page_of(path, tmp_path)
+    (row,) = [row for table in page.tables for row in table if row[0] == "ours" and len(row) == 2]
+    assert row[1] == "loss.alpha=0.25"
+
+
+# ---- sweeps
+
+
+def grid():
+    """Recall grows with the pairs, and SOTAlign is ahead by a tenth."""
+    return [
+        (
+            {"method": method},
+            {"objective": method.lower(), "data.n_pairs": count, "seed": seed},
+            count / 200 + 0.1 * (method == "SOTAlign") + 0.01 * seed,
+        )
+        for method in ("SAIL", "SOTAlign")
+        for count in (10, 50, 100)
+        for seed in (0, 1)
+    ]
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    home = tmp_path_factory.mktemp("sweep")
+    points = grid()
+    points[-1] = (*points[-1][:2], None)  # not started
+    path = write_sweep(home / "home", points)
+    return path, page_of(path, home), home / "page.html"
+
+
+def test_a_sweep_is_grouped_by_labels_and_numbers(swept):
+    _, page, _ = swept
+    heads, *rows = table_of(page, "seeds")
+    # The objective is told by the label, and is no column of its own.
+    assert heads[:3] == ["method", "data.n_pairs", "T2I R@1"]
+    assert [row[:2] for row in rows] == [
+        [method, count] for method in ("SAIL", "SOTAlign") for count in ("10", "50", "100")
+    ]
+    assert rows[0][2] == "5.5 ±0.7" and rows[4][2] == "35.5 ±0.7"
+    assert rows[5][2] == "60.0" and rows[5][-1] == "1 of 2"
+    assert "11 of 12 runs finished" in page.text
+
+
+def test_recall_is_drawn_against_what_was_varied(swept):
+    _, page, file = swept
+    assert [a["aria-label"] for a in page.all("svg")] == [
+        "Mean R@1 against data.n_pairs",
+        "Mean R@10 against data.n_pairs",
+    ]
+    first = file.read_text().split("<svg")[1]
+    assert "SAIL" in first and "SOTAlign" in first
+    assert len(re.findall(r"stroke: var\(--s[01]\); stroke-width: 1.4", first)) >= 2
+    assert "fill-opacity: 0.15" in first  # the bands
+
+
+def test_every_point_leads_to_what_differs_in_it(swept):
+    _, page, _ = swept
+    heads, *rows = table_of(page, "directory")
+    assert heads[:5] == ["", "method", "data.n_pairs", "seed", "state"]
+    assert [row[0] for row in rows] == [str(i) for i in range(1, 13)]
+    assert rows[-1][4] == "waiting" and rows[0][5] == "points/000000000001"
+    ids = {a["id"] for _, a in page.tags if "id" in a}
+    links = [a["href"] for a in page.all("a")]
+    assert len(links) == 12 and {link[1:] for link in links} <= ids
+    cards = [table for table in page.tables if ["objective", "sail"] in table]
+    assert len(cards) == 3
+    own = {row[0] for row in cards[0][1:]}
+    assert own == {"objective", "data.n_pairs"}
+    shared = next(table for table in page.tables if ["teacher.dim", "16"] in table)
+    assert not {row[0] for row in shared} & (own | {"seed"})
+
+
+def test_a_failure_is_told(tmp_path):
+    path = write_sweep(tmp_path / "home", [({}, {"loss.alpha": a}, None) for a in (0.1, 0.2)])
+    (path / "points").mkdir()
+    failed = path / "points" / "000000000002.failed.json"
+    failed.write_text(json.dumps({"message": "loss is <nan>"}))
+    page = page_of(path, tmp_path)
+    assert "0 of 2 runs finished, 1 failed" in page.text
+    assert "failed: loss is <nan>" in page.text
+    assert [row[3] for row in table_of(page, "directory")[1:]] == ["waiting", "failed"]
+
+
+def test_of_too_many_lines_the_best_on_validation_remain(tmp_path):
+    # Over the pairs, ten rates would be ten lines; validation prefers the largest one.
+    points = [
+        ({}, {"data.n_pairs": count, "optimizer.learning_rate": 0.001 * k}, k / 100 + count / 1000)
+        for count in (10, 100)
+        for k in range(1, 11)
+    ]
+    path = write_sweep(tmp_path / "home", points)
+    page = page_of(path, tmp_path)
+    titles = [a["aria-label"] for a in page.all("svg")]
+    assert titles[0] == "Mean R@1 against data.n_pairs" and len(titles) == 4
+    assert "optimizer.learning_rate chosen on validation" in page.text
+
+
+def test_a_zero_among_powers_has_its_place(tmp_path):
+    points = [({}, {"loss.alpha": alpha}, 0.5) for alpha in (0.0, 1e-5, 1e-3, 1e-1)]
+    page = page_of(write_sweep(tmp_path / "home", points), tmp_path)
+    assert page.all("svg")[0]["aria-label"] == "Mean R@1 against loss.alpha"
+
+
+def test_without_numbers_runs_are_drawn_side_by_side(tmp_path):
+    points = [
+        ({"method": f"m{i} <i>"}, {"teacher.name": name}, 0.1 * i + 0.1)
+        for i, name in enumerate(("cca", "procrustes"))
+    ]
+    page = page_of(write_sweep(tmp_path / "home", points), tmp_path)
+    assert [a["aria-label"] for a in page.all("svg")] == ["Mean R@1", "Mean R@10"]
+    assert "m1 <i>" in page.text and not page.all("i")
+
+
+def test_a_sweep_without_test_pairs_is_about_validation(tmp_path):
+    path = write_sweep(tmp_path / "home", [({}, {"seed": s}, 0.5) for s in (0, 1)])
+    for file in path.rglob("results.json"):
+        results = json.loads(file.read_text())
+        del results["test"], results["teacher_test"]
+        file.write_text(json.dumps(results))
+    page = page_of(path, tmp_path)
+    assert "Recall on the validation pairs" in page.text
+    assert table_of(page, "seeds")[1][1] == "25.0 ±0.0"
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ("{", "sweep.json: not JSON"),
+        ("[]", "sweep.json: must hold a JSON object, got list"),
+        ('{"points": [{"key": "a"}]}', "a point lacks its key, labels or fields"),
+        ("{}", "a point lacks its key, labels or fields"),
+    ],
+)
+def test_a_broken_record_is_named(record, message, tmp_path):
+    path = tmp_path / "home"
+    path.mkdir()
+    (path / "sweep.json").write_text(record)
+    with pytest.raises(ValueError, match=message):
+        write_report(path)
+
+
+def test_a_sweep_is_left_as_it_was(swept):
+    path = swept[0]
+    before = {f: f.stat().st_mtime_ns for f in path.rglob("*") if f.is_file()}
+    written, _ = write_report(path)
+    after = {f: f.stat().st_mtime_ns for f in path.rglob("*") if f.is_file()}
+    assert written in after
+    del after[written]
+    assert after == before
+    written.unlink()
