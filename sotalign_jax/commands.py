@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,12 @@ def report(paths: list[str], out: str | None = None, console: Console | None = N
         console.print(problem, highlight=False, markup=False, soft_wrap=True)
     console.print(f"report: {written}", highlight=False, markup=False, soft_wrap=True)
     return written
+
+
+def tell(name: str, what: str, message: str, status: int) -> int:
+    """Say in one line on standard error why a command ends; returns the exit status."""
+    print(f"sotalign {name}: {what}: {' '.join(message.splitlines())}", file=sys.stderr)
+    return status
 
 
 def load_aligner(workdir: str) -> Aligner:

@@ -23,7 +23,6 @@ COMMANDS = {
     "diagnose": lambda: commands.diagnose(_needed(_CONFIG), _OUT.value),
     "fit-teacher": lambda: commands.fit_teacher(_needed(_CONFIG), _needed(_OUT)),
 }
-# Commands that take words.
 WORDS = {
     "inspect": commands.inspect,
     "report": lambda words: commands.report(words, _OUT.value),
@@ -41,7 +40,8 @@ def _main(argv: list[str]) -> int:
     name, *paths = argv[1:]
     try:
         if name in WORDS:
-            return WORDS[name](paths) or 0
+            status = WORDS[name](paths)
+            return status if isinstance(status, int) else 0
         if paths:
             raise ValueError(f"{paths[0]}: unexpected; flags are written --name=value")
         if name not in ("train", "compare") and (other := left_to_first()):
@@ -51,9 +51,9 @@ def _main(argv: list[str]) -> int:
     except Preempted as stop:
         print(f"sotalign {name}: {stop}")
     except (ValueError, OSError, ImportError) as error:
-        return _report(name, "error", str(error), 2)
+        return commands.tell(name, "error", str(error), 2)
     except FloatingPointError as error:
-        return _report(name, "training stopped", str(error), 3)
+        return commands.tell(name, "training stopped", str(error), 3)
     return 0
 
 
@@ -63,15 +63,10 @@ def _parse(argv: list[str]) -> list[str]:
         if _CONFIG.value is not None:
             _CONFIG.value.items()  # a config file that was not found fails when it is first used
     except Exception as error:  # a config file is a program: anything may come out of it
-        sys.exit(_report(argv[1], "error", explain(error, argv), 2))
+        sys.exit(commands.tell(argv[1], "error", explain(error, argv), 2))
     if flags.FLAGS["verbosity"].using_default_value:
         flags.FLAGS.verbosity = logging.WARNING  # or absl will show all that orbax has to say
     return rest
-
-
-def _report(name: str, what: str, message: str, status: int) -> int:
-    print(f"sotalign {name}: {what}: {' '.join(message.splitlines())}", file=sys.stderr)
-    return status
 
 
 def run() -> None:
