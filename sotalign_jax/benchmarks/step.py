@@ -48,6 +48,8 @@ PARTS = (
     ("projections, forward and backward", "project"),
     ("affinities of the divergence, and back", "divergence"),
     ("SigLIP, forward and backward", "siglip"),
+    ("InfoNCE, forward and backward", "info_nce"),
+    ("similarities within a modality, and back", "structure"),
     ("optimiser update", "optimizer"),
     ("drawing the batch", "draw"),
 )

@@ -79,7 +79,7 @@ def _structure(
 ) -> tuple[Array, Outcome]:
     """InfoNCE plus ``lambda_t`` times a divergence of similarities, of images and of texts.
 
-    With ``t`` the steps done, ``lambda_t = weight min(1, t / warmup)`` (Groeger et al., NeurIPS
+    With ``t`` the steps done, ``lambda_t = weight min(1, t / warmup)`` (Gröger et al., NeurIPS
     2025, and the published code). The similarities to keep are those of the rows as the aligner
     gets them: of unit length, centred as ``config.model`` says, once more made unit and centred on
     the batch. With ``model.center=False`` and no standardised columns these are the frozen

@@ -109,6 +109,7 @@ def test_numbers_of_the_loss_and_the_optimiser_on_the_same_batches(tmp_path, mon
         pytest.param({"loss__divergence": "cka"}, marks=pytest.mark.slow),
         pytest.param({"loss__divergence": "info_nce"}, marks=pytest.mark.slow),
         pytest.param({"loss__memory": "streamed"}, marks=pytest.mark.slow),
+        pytest.param({"objective": "structure", "fusemix__alpha": 1.0}, marks=pytest.mark.slow),
         # A solve stops when its own error is small, whatever the others do.
         pytest.param({"loss__iterations": 0, "loss__threshold": 1e-4}, marks=pytest.mark.slow),
     ],
