@@ -28,7 +28,7 @@ def check_neighbours(config: Config, splits: Splits, reads: Reads) -> None:
         if len(table) < reads.neighbours:
             raise ConfigError(
                 f"config.{config.objective}.k: {reads.neighbours} neighbours of each pair asked, "
-                f"but {table.name} has {len(table)} unpaired rows; give fewer pairs, more data, or "
+                f"but {table.name} has {len(table)} rows; give a smaller k, more data, or "
                 f"{config.objective}.{side}_weight=0"
             )
 

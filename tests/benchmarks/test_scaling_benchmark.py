@@ -74,6 +74,20 @@ def test_ahead_of_time_without_data(resident):
 
 
 @pytest.mark.slow
+def test_neighbours_are_compiled_for_and_not_searched():
+    config = tiny(data__name="files", data__resident="always", data__n_unpaired=512)
+    config.objective = "nnclr"
+    config.data.files.image = config.data.files.text = "no/such/file"
+    report = scaling.run_aot(validate(config), [4], image_dim=24, text_dim=40)
+    (step,) = [row for row in report["programs"] if row["program"] == "step"]
+    # By hand, as above: a quarter of the pairs and of five neighbours each; and on every device
+    # who neighbours whom, on either side.
+    values = (64 + 5 * 64) * (24 + 40) // 4 + 2 * 64 * 5
+    values += 2 * (2 * (24 + 40) + (24 + 40) * 16 + 2 * 16 + 2)
+    assert 0 <= step["memory"]["arguments"] - 4 * values < 100
+
+
+@pytest.mark.slow
 def test_fake_devices_in_a_process_of_its_own(tmp_path):
     path = tmp_path / "numbers.json"
     command = [sys.executable, "-m", "sotalign_jax.benchmarks.scaling", "--n", "32", "--d", "4"]
