@@ -30,7 +30,8 @@ def _plan_name(metric: str) -> str:
 
 # A metric goes into the first panel that takes it; those that none takes get one each.
 _PANELS = (
-    _Panel("Loss", lambda m: m in ("train/loss", "train/siglip")),
+    _Panel("Loss", lambda m: m in ("train/loss", "train/siglip", "train/info_nce")),
+    _Panel("STRUCTURE", lambda m: m in ("train/structure_image", "train/structure_text")),
     _Panel("Marginal errors of the plans", lambda m: m.endswith("_marginal_error"),
            "L1, the largest since the last record", log=True, name=_plan_name),
     _Panel("Sharpness of the plans", lambda m: m.endswith("_perplexity"),
@@ -45,7 +46,7 @@ _PANELS = (
            "includes compilation", name=lambda m: "rows per second"),
 )  # fmt: skip
 _NOT_DRAWN = ("time/steps_per_second",)
-_TITLES = {"klot": "KLOT", "cka": "CKA divergence", "info_nce": "InfoNCE divergence"}
+_TITLES = {"klot": "KLOT", "cka": "CKA divergence", "info_nce_divergence": "InfoNCE divergence"}
 
 
 def training_figures(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ Scores = Mapping[str, float]
 
 SEED = "seed"
 LABEL = "label."
-# Fields that do not change what comes of a run.
-_NO_MATTER = ("compare.", "metrics.", "mesh.")
+# Columns of the table of a sweep that hold numbers.
+_NUMBERS = ("mean", "sd", "paper")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +68,14 @@ class Group:
         values: of the axes of `Points`, in their order.
         seeds: retrieval by seed, of those that are finished.
         val: the same on validation.
+        teacher: retrieval of the teachers of these runs, on the pairs of ``seeds``.
         wanted: how many seeds there will be.
     """
 
     values: tuple[Any, ...]
     seeds: Mapping[Any, Scores]
     val: Mapping[Any, Scores]
+    teacher: Mapping[Any, Scores]
     wanted: int
 
     @property
@@ -103,7 +106,7 @@ class Points:
     points: Sequence[Point]
     axes: tuple[str, ...]
     more: Sequence[Group]
-    records: Mapping[str, Mapping[str, Any]]
+    records: Mapping[str, Any]
 
     @property
     def split(self) -> str:
@@ -123,13 +126,28 @@ class Points:
         """What stands beside the points, and the points without their seeds."""
         groups = []
         for some in self.alike():
-            held_out, val = (
+            found = (
                 {p.value(SEED): s for p in some if (s := p.scores(split)) is not None}
-                for split in (self.split, "val")
+                for split in (self.split, "val", f"teacher_{self.split}")
             )
             wanted = len({p.value(SEED) for p in some})
-            groups.append(Group(tuple(some[0].value(a) for a in self.axes), held_out, val, wanted))
+            groups.append(Group(tuple(some[0].value(a) for a in self.axes), *found, wanted=wanted))
+        shared = None if self.more else common_teacher(groups)
+        if shared:
+            values = ("teacher", *[None] * (len(self.axes) - 1))
+            wanted = len({p.value(SEED) for p in self.points})
+            groups.insert(0, Group(values, shared, {}, {}, wanted))
         return [*self.more, *groups]
+
+
+def common_teacher(groups: Iterable[Group]) -> dict[Any, Scores] | None:
+    """Retrieval by seed of the one teacher that some runs have; None where they have several."""
+    found: dict[Any, Scores] = {}
+    for group in groups:
+        for seed, scores in group.teacher.items():
+            if found.setdefault(seed, scores) != scores:
+                return None
+    return found
 
 
 def _shown(value: Any) -> str:
@@ -178,7 +196,31 @@ def _sweep(directory: Path) -> Points:
             f"{directory / 'sweep.json'}: a point lacks its key, labels or fields ({error})"
         ) from None
     name = str(record.get("name") or directory.resolve().name)
-    return Points("sweep", name, points, _axes(points), (), {})
+    written = directory / "table.csv"
+    records = {written.name: _lines(written)} if written.exists() else {}
+    return Points("sweep", name, points, _axes(points), (), records)
+
+
+def _lines(path: Path) -> list[dict[str, str]]:
+    """The lines of a table that `sotalign sweep table` wrote."""
+    with open(path, encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    if not all(map(_is_line, lines)):
+        raise ValueError(f"{path}: not the table of a sweep; write it again or remove it")
+    return lines
+
+
+def _is_line(line: Mapping[str | None, str | None]) -> bool:
+    """Whether there are as many cells as heads, with numbers where numbers should be."""
+    try:
+        numbers = [float(line[name] or 0) for name in _NUMBERS]
+    except (KeyError, ValueError):
+        return False
+    return (
+        bool(numbers)
+        and {"metric", "chosen"} <= line.keys()
+        and None not in {*line, *line.values()}
+    )
 
 
 def _comparison(directory: Path, methods: Mapping[str, Any], seeds, teacher: str) -> Points:
@@ -201,7 +243,7 @@ def _comparison(directory: Path, methods: Mapping[str, Any], seeds, teacher: str
         }
         for split in ("test", "val")
     }
-    more = [Group((teacher,), scores["test"], scores["val"], len(seeds))] if teacher else []
+    more = [Group((teacher,), scores["test"], scores["val"], {}, len(seeds))] if teacher else []
     records = {}
     for name in ("tuning.json",):
         if (directory / name).exists():

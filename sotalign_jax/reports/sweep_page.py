@@ -10,8 +10,16 @@ from typing import Any
 from sotalign_jax.config import flatten
 from sotalign_jax.reports.figures import COLOURS, figure
 from sotalign_jax.reports.markup import Markup, fold, page, section, table, tag
-from sotalign_jax.reports.points import LABEL, SEED, Group, Point, Points, is_numeric
-from sotalign_jax.reports.tables import METRICS, headings, mean_and_spread, show_value
+from sotalign_jax.reports.points import (
+    LABEL,
+    SEED,
+    Group,
+    Point,
+    Points,
+    common_teacher,
+    is_numeric,
+)
+from sotalign_jax.reports.tables import METRICS, heading, headings, mean_and_spread, show_value
 
 __all__ = ["sweep_page"]
 
@@ -37,7 +45,9 @@ def sweep_page(points: Points) -> tuple[str, list[str]]:
     done = [group for group in groups if group.seeds]
     parts = [_header(points)]
     if done:
-        parts.append(section("Retrieval", _table(points, groups, split), *_tuning(points)))
+        parts.append(
+            section("Retrieval", *_written(points), _table(points, groups, split), *_tuning(points))
+        )
         if points.kind == "comparison" and 2 <= len(done) <= _MOST_COMPARED:
             parts.append(section("Paired differences", *_differences(done)))
         figures = list(_curves(points, done)) or list(_bars(done))
@@ -111,6 +121,56 @@ def _table(points: Points, groups: Sequence[Group], split: str) -> Markup:
         caption=f"Recall on the {split}, in percent{spread}; the best in bold",
         text=len(axes),
     )
+
+
+def _written(points: Points) -> Iterator[Markup]:
+    """The sweep's own table, as it was last written: its rows, its metrics, what it chose."""
+    lines = points.records.get("table.csv")
+    if not lines:
+        return
+    names = list(lines[0])
+    keys = names[: names.index("metric")]
+    metrics = list(dict.fromkeys(line["metric"] for line in lines))
+    choices = any(line["chosen"] for line in lines)
+    published = {line["metric"] for line in lines if line["paper"]}
+    rows: dict[tuple[str, ...], dict[str, Mapping[str, str]]] = {}
+    for line in lines:
+        rows.setdefault(tuple(line[key] for key in keys), {})[line["metric"]] = line
+
+    def cells(of: Mapping[str, Mapping[str, str]]) -> Iterator[object]:
+        for metric in metrics:
+            line = of.get(metric, {})
+            yield _number(metric, line.get("mean", ""), line.get("sd", ""))
+            if metric in published:
+                yield _number(metric, paper) if (paper := line.get("paper")) else ""
+        if choices:
+            yield next((line["chosen"] for line in of.values() if line["chosen"]), "")
+
+    heads = [_axis(key) for key in keys]
+    for metric in metrics:
+        part, _, name = metric.partition("/")
+        heads.append(f"{part} {heading(name)}" if "recall@" in name else metric)
+        heads += ["paper"] if metric in published else []
+    caption = "The table of the sweep, as it was last written"
+    yield table(
+        [*heads, "chosen on validation"] if choices else heads,
+        [[*key, *cells(of)] for key, of in rows.items()],
+        caption=f"{caption}; paper: as published, on its own data" if published else caption,
+        text=len(keys),
+    )
+
+
+def _number(metric: str, mean: str, spread: str = "") -> object:
+    """A number of a table; recalls and accuracies in percent."""
+    if not mean:
+        return "–"
+    percent = "recall@" in metric or "accuracy" in metric
+
+    def shown(text: str) -> str:
+        return f"{100 * float(text):.1f}" if percent else f"{float(text):.4g}"
+
+    small = tag("small", f" ±{shown(spread)}", class_="soft") if spread else None
+    return tag("span", shown(mean), small)
 
 
 def _several_seeds(groups: Sequence[Group]) -> bool:
@@ -232,16 +292,32 @@ def _curve(axis: str, metric: str, lines: Mapping[str, Mapping[Any, Group]], not
                 [m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1)
             )
             axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        teacher = _teachers(lines)
+        x = sorted(n for n in teacher if all(metric in s for s in teacher[n].values()))
+        if x:
+            means = [100 * statistics.fmean(s[metric] for s in teacher[n].values()) for n in x]
+            axes.plot(x, means, color=COLOURS[5], linestyle=":", label="teacher")
         _scale(axes, numbers)
         axes.set_xlabel(_axis(axis))
         axes.set_ylabel("%")
-        if any(lines):
+        if any(lines) or x:
             axes.legend(fontsize="small")
 
     k = metric.split("@")[1]
     name = f"over-{axis}-{k}".replace(".", "-")
     title = f"Mean R@{k} against {_axis(axis)}"
     return figure(name, draw, title=title, note=note, size=(5.4, 3.2))
+
+
+def _teachers(lines: Mapping[str, Mapping[Any, Group]]) -> dict[Any, dict[Any, Any]]:
+    """Retrieval by seed of the teacher at every number, if there is one teacher at each."""
+    found = {}
+    for number in {number for line in lines.values() for number in line}:
+        scores = common_teacher(line[number] for line in lines.values() if number in line)
+        if scores is None:
+            return {}
+        found[number] = scores
+    return {number: scores for number, scores in found.items() if scores}
 
 
 def _scale(axes: Any, numbers: set[Any]) -> None:

@@ -4,10 +4,11 @@ import json
 import re
 
 import pytest
-from report_runs import Page, emoji_config, write_comparison, write_run, write_sweep
+from report_runs import Page, emoji_config, scores, write_comparison, write_run, write_sweep
 
 from sotalign_jax.reports import write_report
 from sotalign_jax.reports.points import read_points
+from sotalign_jax.reports.sweep_page import _teachers
 
 
 def page_of(path, tmp_path):
@@ -118,7 +119,9 @@ def swept(tmp_path_factory):
 
 def test_a_sweep_is_grouped_by_labels_and_numbers(swept):
     _, page, _ = swept
-    heads, *rows = table_of(page, "seeds")
+    heads, teacher, *rows = table_of(page, "seeds")
+    # The teacher, which all of them have; nothing was varied in it.
+    assert teacher == ["teacher", "", *["25.0 ±0.0"] * 9, "2"]
     # The objective is told by the label, and is no column of its own.
     assert heads[:3] == ["method", "data.n_pairs", "T2I R@1"]
     assert [row[:2] for row in rows] == [
@@ -139,6 +142,7 @@ def test_recall_is_drawn_against_what_was_varied(swept):
     assert "SAIL" in first and "SOTAlign" in first
     assert len(re.findall(r"stroke: var\(--s[01]\); stroke-width: 1.4", first)) >= 2
     assert "fill-opacity: 0.15" in first  # the bands
+    assert ">teacher</text>" in first
 
 
 def test_every_point_leads_to_what_differs_in_it(swept):
@@ -156,6 +160,45 @@ def test_every_point_leads_to_what_differs_in_it(swept):
     assert own == {"objective", "data.n_pairs"}
     shared = next(table for table in page.tables if ["teacher.dim", "16"] in table)
     assert not {row[0] for row in shared} & (own | {"seed"})
+
+
+def test_teachers_that_differ_are_a_line_where_there_is_one_at_each_number(tmp_path):
+    points = [({}, {"data.n_pairs": n, "seed": s}, 0.5) for n in (10, 100) for s in (0, 1)]
+    path = write_sweep(tmp_path / "home", points)
+    for number, file in enumerate(sorted(path.rglob("results.json"))):
+        results = json.loads(file.read_text())
+        results["teacher_test"] = scores(0.1 * (number + 1))
+        file.write_text(json.dumps(results))
+    groups = read_points(path).groups()
+    assert [group.values for group in groups] == [(10,), (100,)]  # and no row for a teacher
+    lines = {"": {group.values[0]: group for group in groups}}
+    taught = _teachers(lines)
+    assert [taught[n][s]["t2i/recall@1"] for n in (10, 100) for s in (0, 1)] == pytest.approx(
+        [0.1, 0.2, 0.3, 0.4]
+    )
+    two = lines | {"other": {10: groups[1]}}
+    assert _teachers(two) == {}
+
+
+def test_the_table_that_a_sweep_wrote_is_shown(tmp_path):
+    path = write_sweep(tmp_path / "home", grid())
+    (path / "table.csv").write_text(
+        "label.method,metric,mean,sd,n,wanted,runs,finished,failed,chosen,paper\n"
+        'SAIL,test/t2i/recall@1,0.5,0.01,2,2,6,6,0,"{""data.n_pairs"": 100}",0.21\n'
+        "SAIL,seconds,12.5,,1,2,6,6,0,,\n"
+        "<b>,test/t2i/recall@1,,,0,2,6,0,0,,\n"
+    )
+    page = page_of(path, tmp_path)
+    assert page.tables[0] == [
+        ["method", "test T2I R@1", "paper", "seconds", "chosen on validation"],
+        ["SAIL", "50.0 ±1.0", "21.0", "12.5", '{"data.n_pairs": 100}'],
+        ["<b>", "–", "", "–", ""],
+    ]
+    heads = "a,metric,mean,sd,chosen,paper\n"
+    for text in ("a,b\n1,2\n", f"{heads}x,seconds,many,,,\n", f"{heads}x,y\n", "metric\na,b\n"):
+        (path / "table.csv").write_text(text)
+        with pytest.raises(ValueError, match=r"table.csv: not the table of a sweep"):
+            write_report(path, tmp_path / "page.html")
 
 
 def test_a_failure_is_told(tmp_path):
@@ -207,7 +250,7 @@ def test_a_sweep_without_test_pairs_is_about_validation(tmp_path):
         file.write_text(json.dumps(results))
     page = page_of(path, tmp_path)
     assert "Recall on the validation pairs" in page.text
-    assert table_of(page, "seeds")[1][1] == "25.0 ±0.0"
+    assert [row[1] for row in table_of(page, "seeds")[1:]] == ["12.5 ±0.0", "25.0 ±0.0"]
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from step_runs import (
 from tiny_runs import from_teacher, tiny
 
 from sotalign_jax.features.batches import Batch, batch_rows, first_order
+from sotalign_jax.objectives.divergences import klot as klot_module
 from sotalign_jax.training import step as step_module
 from sotalign_jax.training.step import OptimizerSettings, run_resident, run_streamed
 
@@ -44,6 +45,15 @@ def siglip(params, image, text, normalization):
     return total / (logits.size if normalization == "mean" else min(logits.shape))
 
 
+def projected(run):
+    """The teacher's view of the unpaired rows."""
+    return [
+        prepared_rows(run, "unpaired", side)
+        @ np.asarray(getattr(run.teacher, f"{side}_weight"), np.float64)
+        for side in SIDES
+    ]
+
+
 def numpy_loss(run, params):
     loss = run.config.loss
     image, text = embedded(run, params, "pairs")
@@ -55,13 +65,8 @@ def numpy_loss(run, params):
             siglip(params, image, np.r_[text, more_text], loss.normalization)
             + siglip(params, np.r_[image, more_image], text, loss.normalization)
         )
-    given = [
-        prepared_rows(run, "unpaired", side)
-        @ np.asarray(getattr(run.teacher, f"{side}_weight"), np.float64)
-        for side in SIDES
-    ]
     value, _ = reference.klot(
-        reference.cosines(more_image, more_text), reference.cosines(*given), loss.epsilon
+        reference.cosines(more_image, more_text), reference.cosines(*projected(run)), loss.epsilon
     )
     return siglip(params, image, text, loss.normalization) + loss.alpha * value
 
@@ -95,6 +100,23 @@ def test_first_step_is_what_float64_numpy_says(config):
     np.testing.assert_allclose(metrics["train/scale"], [np.exp(after["log_scale"])], rtol=1e-6)
     np.testing.assert_allclose(metrics["train/bias"], [after["bias"]], rtol=1e-6)
     assert int(state.step) == 1
+
+
+@pytest.mark.parametrize("most", [64, 10])
+def test_sharpness_is_that_of_the_first_rows_of_the_converged_plans(most, monkeypatch):
+    monkeypatch.setattr(klot_module, "_LOOKED_AT", most)
+    # Another width for each, since a compiled program knows no more of the number.
+    run = Run(small(objective="sotalign", loss__alpha=0.3, model__dim=most // 2))
+    _, metrics = run.resident(1)
+    views = {"student": embedded(run, named(run.first.params), "unpaired")}
+    views["teacher"] = projected(run)
+    for name, epsilon in (("student", 0.05), ("teacher", 0.01)):
+        plan = reference.sinkhorn(reference.cosines(*views[name]), epsilon)[:most]
+        share = plan / plan.sum(axis=1, keepdims=True)
+        share = np.where(share > 0, share, 1.0)
+        truth = np.exp(-(share * np.log(share)).sum(axis=1).mean())
+        np.testing.assert_allclose(metrics[f"train/{name}_perplexity"], [truth], rtol=2e-3)
+        assert 1 < truth < 32
 
 
 def test_second_step_uses_the_momentum_of_the_first():
