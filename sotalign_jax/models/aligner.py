@@ -1,26 +1,19 @@
 """The aligner: preprocessing, two alignment layers and the SigLIP scale and bias, as one model."""
 
 import dataclasses
-import json
 import math
 import os
-import shutil
-import uuid
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 import sotalign_jax
-from sotalign_jax.files import flush_files
 from sotalign_jax.models.layers import (
     LAYER_NORM_EPSILON,
     STAR_CLAMP,
@@ -28,6 +21,15 @@ from sotalign_jax.models.layers import (
     Linear,
     check_sizes,
     make_layer,
+)
+from sotalign_jax.models.saved import (
+    CONFIG_FILE,
+    TENSORS_FILE,
+    json_metadata,
+    read_document,
+    read_tensors,
+    saved_path,
+    write_model,
 )
 from sotalign_jax.numerics import Columns, standardized_rows, unit_rows
 
@@ -37,8 +39,6 @@ FORMAT = "sotalign_jax.aligner"
 # 2 has standardised columns, of which a reader of 1 knows nothing; without them we write 1.
 FORMAT_VERSIONS = (1, 2)
 _SIDES = ("image", "text")
-TENSORS_FILE = "aligner.safetensors"
-CONFIG_FILE = "aligner.json"
 
 
 class Preprocessing(nnx.Variable):
@@ -422,26 +422,8 @@ class Aligner(nnx.Module):
         Raises:
             ValueError: when the directory holds something else, or the metadata is not JSON.
         """
-        target = Path(directory).resolve()
-        _check_replaceable(target)
-        document = json.dumps(self._document(metadata), indent=2, ensure_ascii=False) + "\n"
         tensors = {name: np.asarray(value[...]) for name, value in _named(nnx.state(self)).items()}
-
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-        previous = _previous(target)
-        partial.mkdir()
-        try:
-            safetensors.numpy.save_file(tensors, partial / TENSORS_FILE)
-            (partial / CONFIG_FILE).write_text(document, encoding="utf-8")
-            flush_files(partial)
-            if target.exists():
-                shutil.rmtree(previous, ignore_errors=True)
-                os.rename(target, previous)
-            os.rename(partial, target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(previous, ignore_errors=True)
+        write_model(directory, self._document(metadata), tensors, FORMAT_VERSIONS)
 
     @classmethod
     def load(cls, directory: str | os.PathLike) -> "Aligner":
@@ -457,10 +439,8 @@ class Aligner(nnx.Module):
             ValueError: when the directory holds no aligner, one of another format version, or
                 tensors that are damaged, missing, unknown, or of the wrong shape or dtype.
         """
-        path = Path(directory).resolve()
-        if not path.exists() and _previous(path).exists():
-            path = _previous(path)
-        document = _read_document(path)
+        path = saved_path(directory)
+        document = read_document(path, FORMAT, FORMAT_VERSIONS)
         try:
             layer = LayerConfig(**document["layer"])
             options = {name: document[name] for name in ("image_dim", "text_dim", "dim")}
@@ -473,25 +453,9 @@ class Aligner(nnx.Module):
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path / CONFIG_FILE}: {error}") from error
 
-        file = path / TENSORS_FILE
-        try:
-            tensors = safetensors.numpy.load_file(file)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise ValueError(f"{file}: not a readable safetensors file ({error})") from error
         graphdef, state = nnx.split(abstract)
-        expected = _named(state)
-        for problem, names in (
-            ("missing", expected.keys() - tensors.keys()),
-            ("not part of this aligner", tensors.keys() - expected.keys()),
-        ):
-            if names:
-                raise ValueError(f"{file}: tensors {problem}: {', '.join(sorted(names))}")
-        for name, tensor in tensors.items():
-            if tensor.shape != expected[name].shape or tensor.dtype != np.float32:
-                raise ValueError(
-                    f"{file}: {name} is {tensor.dtype} {tensor.shape}; "
-                    f"expected float32 {expected[name].shape}"
-                )
+        shapes = {name: variable.shape for name, variable in _named(state).items()}
+        tensors = read_tensors(path / TENSORS_FILE, shapes)
         loaded = [
             (path, variable.replace(jnp.asarray(tensors[_name(path)])))
             for path, variable in nnx.to_flat_state(state)
@@ -522,10 +486,6 @@ class Aligner(nnx.Module):
         if prior is not None:
             _log_odds("training_prior", prior)
             prior = float(prior)
-        try:
-            metadata = json.loads(json.dumps(dict(metadata or {}), allow_nan=False))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"metadata: must be a dict that JSON can hold ({error})") from error
         columns = {"standardized": list(self.standardized)} if self.standardized else {}
         return {
             "format": FORMAT,
@@ -539,7 +499,7 @@ class Aligner(nnx.Module):
             **columns,
             "training_prior": prior,
             "recipe": _recipe(self.layer, self.normalize, self.standardized),
-            "metadata": metadata,
+            "metadata": json_metadata(metadata),
         }
 
 
@@ -629,43 +589,3 @@ def _recipe(layer: LayerConfig, normalize: bool, standardized: tuple[str, ...]) 
     steps.append("similarity = <image embedding, text embedding>")
     steps.append("probability = sigmoid(exp(log_scale) * similarity + bias)")
     return "; ".join(steps)
-
-
-def _previous(target: Path) -> Path:
-    return target.with_name(f".{target.name}.previous")
-
-
-def _read_document(path: Path) -> dict[str, Any]:
-    """The aligner's JSON, checked for format and version."""
-    file = path / CONFIG_FILE
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"directory: {path} holds no aligner ({CONFIG_FILE} not found)") from error
-    except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON ({error})") from error
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise ValueError(f"{file}: not an aligner; its format must be {FORMAT!r}")
-    if document.get("version") not in FORMAT_VERSIONS:
-        raise ValueError(
-            f"{file}: format version {document.get('version')!r}; this package reads "
-            f"{' and '.join(map(str, FORMAT_VERSIONS))} (the file was written by sotalign_jax "
-            f"{document.get('sotalign_jax', 'unknown')})"
-        )
-    return document
-
-
-def _check_replaceable(target: Path) -> None:
-    """Refuses to replace what is not ours."""
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise ValueError(f"directory: {target} is a file; give a directory")
-    names = {entry.name for entry in target.iterdir()}
-    others = sorted(names - {TENSORS_FILE, CONFIG_FILE})
-    if others:
-        raise ValueError(
-            f"directory: {target} holds other files ({', '.join(others[:3])}); give a new directory"
-        )
-    if names:
-        _read_document(target)

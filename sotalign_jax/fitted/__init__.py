@@ -1,0 +1,1 @@
+"""Aligners that are fitted in one go, without training steps."""
