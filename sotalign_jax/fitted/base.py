@@ -22,6 +22,7 @@ from sotalign_jax.models.saved import (
     read_tensors,
     write_model,
 )
+from sotalign_jax.numerics import unit_rows64
 
 __all__ = [
     "FORMAT",
@@ -34,6 +35,7 @@ __all__ = [
     "choose",
     "fitted_aligner",
     "make_options",
+    "mean_row",
     "static_field",
 ]
 
@@ -345,6 +347,31 @@ def checked_pairs(image: ArrayLike, text: ArrayLike) -> tuple[np.ndarray, np.nda
             "row i of the other"
         )
     return image, text
+
+
+def mean_row(
+    name: str, rows: ArrayLike | None, dim: int, *, normalize: bool = True
+) -> Float[np.ndarray, "dim"]:
+    """The mean of rows in float64, read by chunks.
+
+    Args:
+        name: what errors call them.
+        rows: ``(n, dim)`` of any floating dtype.
+        dim: the width that they must have.
+        normalize: scale each row to unit length first.
+
+    Returns:
+        ``(dim,)`` float64.
+
+    Raises:
+        ValueError: for rows that `checked_rows` refuses.
+    """
+    rows = checked_rows(name, rows, dim)
+    total = np.zeros(dim)
+    for start in range(0, len(rows), CHUNK):
+        chunk = rows[start : start + CHUNK].astype(np.float64)
+        total += (unit_rows64(chunk) if normalize else chunk).sum(axis=0)
+    return total / len(rows)
 
 
 def _array_fields(cls: type) -> list[dataclasses.Field]:
