@@ -43,9 +43,9 @@ FITTED: dict[str, Method] = {"asif": ASIF, "csa": CSA}
 def fit(
     name: str,
     image: Float[ArrayLike, "n dx"],
-    text: Float[ArrayLike, "n dy"],
-    unpaired_image: Float[ArrayLike, "m dx"] | None = None,
-    unpaired_text: Float[ArrayLike, "k dy"] | None = None,
+    text: Float[ArrayLike, "m dy"],
+    unpaired_image: Float[ArrayLike, "p ex"] | None = None,
+    unpaired_text: Float[ArrayLike, "q ey"] | None = None,
     *,
     options: Mapping[str, Any] | None = None,
     seed: int = 0,

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,6 @@ from sotalign_jax.fitted.base import (
     Method,
     Options,
     checked_pairs,
-    choose,
     fitted_aligner,
     make_options,
     mean_row,
@@ -48,14 +47,15 @@ class AsifOptions(Options):
 
     neighbours: int = 800
     power: int = 8
-    center: str = "none"
+    center: Literal["none", "pairs", "unpaired"] = "none"
 
-    def __post_init__(self):
+    def check(self) -> None:
         if self.neighbours < 0:
-            raise ValueError(f"neighbours={self.neighbours}: must be positive, or 0 for all pairs")
+            raise ValueError(
+                f"neighbours: got {self.neighbours}; must be positive, or 0 for all pairs"
+            )
         if self.power < 1:
-            raise ValueError(f"power={self.power}: must be at least 1")
-        choose("center", self.center, ("none", "pairs", "unpaired"))
+            raise ValueError(f"power: got {self.power}; must be at least 1")
 
 
 @fitted_aligner
@@ -148,9 +148,9 @@ class Asif(FittedAligner):
 
 def asif(
     image: Float[ArrayLike, "n dx"],
-    text: Float[ArrayLike, "n dy"],
-    unpaired_image: Float[ArrayLike, "m dx"] | None = None,
-    unpaired_text: Float[ArrayLike, "k dy"] | None = None,
+    text: Float[ArrayLike, "m dy"],
+    unpaired_image: Float[ArrayLike, "p ex"] | None = None,
+    unpaired_text: Float[ArrayLike, "q ey"] | None = None,
     *,
     seed: int = 0,
     **options: Any,

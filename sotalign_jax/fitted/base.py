@@ -6,7 +6,7 @@ import os
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,6 @@ __all__ = [
     "Options",
     "checked_pairs",
     "checked_rows",
-    "choose",
     "fitted_aligner",
     "make_options",
     "mean_row",
@@ -51,8 +50,19 @@ _Options = TypeVar("_Options", bound="Options")
 class Options:
     """Options of a method: a frozen dataclass of names, numbers and truth values with defaults.
 
-    ``__post_init__`` refuses values out of range with a ValueError ``"field=value: ..."``.
+    One that is annotated with a ``Literal`` takes no other value than those it names.
     """
+
+    def __post_init__(self):
+        for name, hint in typing.get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if typing.get_origin(hint) is Literal and value not in typing.get_args(hint):
+                choices = ", ".join(typing.get_args(hint))
+                raise ValueError(f"{name}: got {value!r}; must be one of {choices}")
+        self.check()
+
+    def check(self) -> None:
+        """Raises ValueError ``"field: got ..."`` for a value out of range."""
 
 
 def static_field() -> Any:
@@ -201,7 +211,9 @@ class FittedAligner(abc.ABC):
         write_model(directory, document, tensors, FORMAT_VERSIONS)
 
     @classmethod
-    def from_saved(cls, path: Path, document: Mapping[str, Any], options: type[Options]) -> Self:
+    def from_saved(
+        cls, path: Path, document: Mapping[str, Any], options: type[Options]
+    ) -> "FittedAligner":
         """The aligner of this class that a directory holds; `sotalign_jax.fitted.load` calls it.
 
         Args:
@@ -294,15 +306,9 @@ def make_options(cls: type[_Options], given: Mapping[str, Any]) -> _Options:
         if expected is float and type(value) is int:
             value = float(value)
         if type(value) is not expected:
-            raise ValueError(f"{name}={value!r}: must be of type {expected.__name__}")
+            raise ValueError(f"{name}: got {value!r}; must be of type {expected.__name__}")
         values[name] = value
     return cls(**values)
-
-
-def choose(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raises ValueError unless ``value`` is one of the choices of the option ``name``."""
-    if value not in choices:
-        raise ValueError(f"{name}={value!r}: must be one of {', '.join(choices)}")
 
 
 def checked_rows(name: str, rows: ArrayLike | None, dim: int | None = None) -> np.ndarray:

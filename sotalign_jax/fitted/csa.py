@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +16,6 @@ from sotalign_jax.fitted.base import (
     Method,
     Options,
     checked_pairs,
-    choose,
     fitted_aligner,
     make_options,
     mean_row,
@@ -44,7 +43,7 @@ class CsaOptions(Options):
         dim: number of directions; 0 (default) takes as many as the pairs support, and leaves it to
             the weights to tell good ones from bad.
         ridge: lambda of the CCA, see `sotalign_jax.teachers.cca`; 0 is the published,
-            unregularised CCA, which fits fewer pairs than dimensions perfectly and finds nothing.
+            unregularised CCA, which fits fewer pairs than dimensions perfectly and little else.
         ridge_on: what lambda is added to: "covariance" or "scatter".
         correlations: where the weights come from: "held_out" (default), the correlations of pairs
             that a direction was not fitted on; or "in_sample", those of the pairs that it was,
@@ -57,25 +56,21 @@ class CsaOptions(Options):
     """
 
     dim: int = 0
-    ridge: float = 1e-2
-    ridge_on: str = "covariance"
-    correlations: str = "held_out"
+    ridge: float = 1e-3
+    ridge_on: Literal["covariance", "scatter"] = "covariance"
+    correlations: Literal["held_out", "in_sample"] = "held_out"
     folds: int = 5
-    weights: str = "correlation"
-    center: str = "pairs"
+    weights: Literal["correlation", "equal"] = "correlation"
+    center: Literal["pairs", "unpaired"] = "pairs"
     normalize: bool = True
 
-    def __post_init__(self):
+    def check(self) -> None:
         if self.dim < 0:
-            raise ValueError(f"dim={self.dim}: must be positive, or 0 for all there are")
+            raise ValueError(f"dim: got {self.dim}; must be positive, or 0 for all there are")
         if not (math.isfinite(self.ridge) and self.ridge >= 0):
-            raise ValueError(f"ridge={self.ridge}: must be finite and at least 0")
+            raise ValueError(f"ridge: got {self.ridge}; must be finite and at least 0")
         if self.folds < 2:
-            raise ValueError(f"folds={self.folds}: must be at least 2, or none is held out")
-        choose("ridge_on", self.ridge_on, ("covariance", "scatter"))
-        choose("correlations", self.correlations, ("held_out", "in_sample"))
-        choose("weights", self.weights, ("correlation", "equal"))
-        choose("center", self.center, ("pairs", "unpaired"))
+            raise ValueError(f"folds: got {self.folds}; must be at least 2, to hold one out")
 
 
 @fitted_aligner
@@ -139,9 +134,9 @@ class Csa(FittedAligner):
 
 def csa(
     image: Float[ArrayLike, "n dx"],
-    text: Float[ArrayLike, "n dy"],
-    unpaired_image: Float[ArrayLike, "m dx"] | None = None,
-    unpaired_text: Float[ArrayLike, "k dy"] | None = None,
+    text: Float[ArrayLike, "m dy"],
+    unpaired_image: Float[ArrayLike, "p ex"] | None = None,
+    unpaired_text: Float[ArrayLike, "q ey"] | None = None,
     *,
     seed: int = 0,
     **options: Any,
@@ -191,8 +186,7 @@ def csa(
     def fit(moments: Moments, dim: int = 0) -> tuple[LinearTeacher, Moments]:
         if centres is not None:
             moments = recentered(moments, *centres)
-        ridge_on = "scatter" if settings.ridge_on == "scatter" else "covariance"
-        teacher = cca(moments, ridge=settings.ridge, ridge_on=ridge_on, dim=dim or None)
+        teacher = cca(moments, ridge=settings.ridge, ridge_on=settings.ridge_on, dim=dim or None)
         return teacher, moments
 
     if settings.correlations == "in_sample":
@@ -241,14 +235,16 @@ def _held_out(
         try:
             teacher, centred = fit(rest)
         except ValueError as error:
-            raise ValueError(f"folds={settings.folds}: without one of them, {error}") from error
+            raise ValueError(
+                f"folds: got {settings.folds}; without one of them, {error}"
+            ) from error
         moments = recentered(parts[held], centred.image_mean, centred.text_mean)
         sums.append(_sums(teacher, moments))
     supported = min(part.shape[1] for part in sums)
     if settings.dim > supported:
         raise ValueError(
-            f"dim={settings.dim}: without one fold of {settings.folds}, the pairs support at most "
-            f"{supported}; 0 takes them all"
+            f"dim: got {settings.dim}; without one fold of {settings.folds}, the pairs support at "
+            f"most {supported}; 0 takes them all"
         )
     dim = settings.dim or supported
     return fit(_merged(parts), dim)[0], _correlation(
@@ -263,7 +259,7 @@ def _folds(image: np.ndarray, folds: int, seed: int) -> np.ndarray:
     distinct, number = np.unique(hashes, return_inverse=True)
     if len(distinct) < folds:
         raise ValueError(
-            f"folds={folds}: the pairs have only {len(distinct)} different images; give fewer "
+            f"folds: got {folds}; the pairs have only {len(distinct)} different images; give fewer "
             "folds, more pairs, or correlations='in_sample'"
         )
     return number % folds
