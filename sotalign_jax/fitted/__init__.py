@@ -116,5 +116,5 @@ def load(directory: str | os.PathLike) -> FittedAligner:
 
 def _method(name: str) -> Method:
     if name not in FITTED:
-        raise ValueError(f"name={name!r}: unknown; known are {', '.join(FITTED)}")
+        raise ValueError(f"name: got {name!r}; must be one of {', '.join(FITTED)}")
     return FITTED[name]

@@ -132,18 +132,23 @@ class Asif(FittedAligner):
             return jnp.matmul(rows, mapping) / jnp.where(length > 0, length, 1.0)
         # Sorting takes more memory than what comes out.
         block = max(1, _BLOCK // self.dim)
-        return jax.lax.map(lambda row: self._relative(row @ mapping), rows, batch_size=block)
+        if len(rows) <= block:
+            return self._relative(jnp.matmul(rows, mapping))
 
-    def _relative(self, similarities: Float[Array, "m"]) -> Float[Array, "m"]:
-        """The similarities of one row, after all that is done to them."""
+        def one(row: Float[Array, "d"]) -> Float[Array, "m"]:
+            return self._relative(jnp.matmul(row[None, :], mapping))[0]
+
+        return jax.lax.map(one, rows, batch_size=block)
+
+    def _relative(self, similarities: Float[Array, "n m"]) -> Float[Array, "n m"]:
+        """The similarities of rows to the pairs, after all that is done to them."""
         kept, power = self.options.neighbours, self.options.power
         if 0 < kept < self.dim:
-            last = jax.lax.top_k(similarities, kept)[0][-1]
+            last = jax.lax.top_k(similarities, kept)[0][:, -1:]
             similarities = jnp.where(similarities >= last, similarities, 0.0)
         # By the largest, or powers of small numbers would be nothing.
-        largest = jnp.max(jnp.abs(similarities))
-        powers = (similarities / jnp.where(largest > 0, largest, 1.0)) ** power
-        return unit_rows(powers[None, :])[0]
+        largest = jnp.max(jnp.abs(similarities), axis=1, keepdims=True)
+        return unit_rows((similarities / jnp.where(largest > 0, largest, 1.0)) ** power)
 
 
 def asif(

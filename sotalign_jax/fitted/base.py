@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import functools
 import os
 import typing
 from collections.abc import Callable, Mapping
@@ -258,9 +259,14 @@ class FittedAligner(abc.ABC):
         raw = jnp.asarray(raw)
         if raw.ndim not in (1, 2) or raw.shape[-1] != width:
             raise ValueError(f"{side}: got shape {raw.shape}; expected (n, {width}) or ({width},)")
-        rows = raw.astype(jnp.float32).reshape(-1, width)
-        with jax.default_matmul_precision("highest"):
-            return self._embed(side, rows).reshape(*raw.shape[:-1], self.dim)
+        rows = _compiled_embed(self, side, raw.astype(jnp.float32).reshape(-1, width))
+        return rows.reshape(*raw.shape[:-1], self.dim)
+
+
+@functools.partial(jax.jit, static_argnames="side")
+def _compiled_embed(aligner: FittedAligner, side: str, rows: Array) -> Array:
+    with jax.default_matmul_precision("highest"):
+        return aligner._embed(side, rows)
 
 
 class Method(NamedTuple):
