@@ -13,9 +13,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from sotalign_jax import evaluation, features, reports, sweeps, training
+from sotalign_jax import evaluation, features, fitted, reports, sweeps, training
 from sotalign_jax.config import Config, validate
 from sotalign_jax.features import FeatureTable, Pairs
+from sotalign_jax.fitted import FittedAligner
 from sotalign_jax.models import Aligner
 from sotalign_jax.training import distributed
 from sotalign_jax.training.evaluate import CHUNK, check_width
@@ -203,7 +204,7 @@ def embed(
                 training.embed_chunks(aligner, side, table, progress=advance),
                 ids=table.ids,
                 encoder=f"aligner of {workdir}",
-                normalized=True,
+                normalized=isinstance(aligner, Aligner) or aligner.unit,
                 source=table.name,
                 dtype="float32",
             )
@@ -250,11 +251,13 @@ def tell(name: str, what: str, message: str, status: int) -> int:
     return status
 
 
-def load_aligner(workdir: str) -> Aligner:
+def load_aligner(workdir: str) -> Aligner | FittedAligner:
     """The aligner of a run, of a fitted teacher, or saved in the directory itself."""
     for directory in (Path(workdir) / "aligner", Path(workdir)):
-        if (directory / "aligner.json").exists():
-            return Aligner.load(directory)
+        if (file := directory / "aligner.json").exists():
+            document = read_json(file)
+            of_layers = not isinstance(document, dict) or document.get("format") != fitted.FORMAT
+            return Aligner.load(directory) if of_layers else fitted.load(directory)
     raise ValueError(f"workdir: {workdir} holds no aligner; train one with `sotalign train`")
 
 

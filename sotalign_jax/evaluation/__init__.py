@@ -4,7 +4,7 @@ from sotalign_jax.evaluation.diagnosis import Finding, describe, diagnose
 from sotalign_jax.evaluation.duplicates import Duplicates, find_duplicates
 from sotalign_jax.evaluation.examples import Examples, Ranking, rank_queries, retrieval_examples
 from sotalign_jax.evaluation.health import feature_health
-from sotalign_jax.evaluation.retrieval import retrieval_metrics
+from sotalign_jax.evaluation.retrieval import retrieval_metrics, retrieval_of_scores
 from sotalign_jax.evaluation.shift import (
     circular_wasserstein,
     distribution_shift,
@@ -28,5 +28,6 @@ __all__ = [
     "rank_queries",
     "retrieval_examples",
     "retrieval_metrics",
+    "retrieval_of_scores",
     "spherical_sliced_wasserstein",
 ]

@@ -1,7 +1,8 @@
 """Cross-modal retrieval: ranks counted in chunks, never an n x m matrix at once."""
 
+import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from sotalign_jax.numerics import unit_rows
 
-__all__ = ["retrieval_metrics", "text_owners"]
+__all__ = ["retrieval_metrics", "retrieval_of_scores", "text_owners"]
 
 # Captions of one image handled beside each other; an image with more takes several rows.
 _SLOTS = 8
@@ -22,10 +23,11 @@ def retrieval_metrics(
     text: Float[ArrayLike, "m e"],
     *,
     text_to_image: Int[ArrayLike, "k"] | None = None,
+    normalize: bool = True,
     ks: Sequence[int] = (1, 5, 10),
     chunk_size: int = 1024,
 ) -> dict[str, float]:
-    """Recall@k, median rank and FOSCTTM of image and text embeddings in a shared space, by cosine.
+    """Recall@k, median rank and FOSCTTM of image and text embeddings in a shared space.
 
     A query's rank is 1 + (wrong candidates that score strictly higher) + half of the wrong
     candidates that tie with the true one, so that embeddings which do not discriminate land in the
@@ -39,6 +41,7 @@ def retrieval_metrics(
         text: ``(m, d)`` text embeddings.
         text_to_image: ``(m,)`` row of ``image`` that each text belongs to. Every image needs at
             least one text. Default: one to one, text i belongs to image i and n = m.
+        normalize: rank by cosine (default); False ranks by inner products of the rows as they are.
         ks: the cut-offs k of recall@k (default 1, 5, 10).
         chunk_size: queries scored at a time (default 1024); memory grows as chunk_size x
             max(n, m) x 4 bytes. The result does not depend on it.
@@ -62,18 +65,93 @@ def retrieval_metrics(
         Karpathy and Fei-Fei (CVPR 2015) for the any-hit protocol; FOSCTTM after Liu et al. (WABI
         2019).
     """
+    owner = text_owners(image, text, text_to_image)
+    image, text = (
+        unit_rows(rows) if normalize else jnp.asarray(rows).astype(jnp.float32)
+        for rows in (image, text)
+    )
+
+    def rivals(queries, gallery, gallery_owner):
+        return functools.partial(
+            _rivals_of_chunk, queries, gallery, jnp.asarray(gallery_owner, jnp.int32)
+        )
+
+    texts, images = rivals(text, image, np.arange(len(image))), rivals(image, text, owner)
+    return _metrics(texts, images, owner, len(image), ks, chunk_size)
+
+
+def retrieval_of_scores(
+    image_scores: Callable[[np.ndarray], Float[ArrayLike, "c m"]],
+    text_scores: Callable[[np.ndarray], Float[ArrayLike, "c n"]],
+    n: int,
+    m: int,
+    *,
+    text_to_image: Int[ArrayLike, "k"] | None = None,
+    ks: Sequence[int] = (1, 5, 10),
+    chunk_size: int = 1024,
+) -> dict[str, float]:
+    """The metrics of `retrieval_metrics` by scores that are made for a few queries at a time.
+
+    For similarities that are no inner products of short rows.
+
+    Args:
+        image_scores: given ``(c,)`` image rows, their ``(c, m)`` scores against all texts. It must
+            score a row in the same way whichever rows come with it.
+        text_scores: given ``(c,)`` text rows, their ``(c, n)`` scores against all images.
+        n: number of images, at least 2.
+        m: number of texts.
+        text_to_image: see `retrieval_metrics`.
+        ks: the cut-offs k of recall@k (default 1, 5, 10).
+        chunk_size: queries scored at a time (default 1024). Rows come in ascending order; after
+            the last row, row 0 fills the chunk up.
+
+    Returns:
+        As `retrieval_metrics`.
+
+    Raises:
+        ValueError: as `retrieval_metrics`; scores of another shape, or NaN or infinite.
+    """
+    owner = _check_owner(n, m, text_to_image)
+
+    def rivals(name: str, scores, total: int, gallery_owner: np.ndarray):
+        owners = jnp.asarray(gallery_owner, jnp.int32)
+
+        def of_chunk(rows, rows_owner, targets):
+            found = jnp.asarray(scores(rows))
+            if found.shape != (len(rows), total):
+                raise ValueError(
+                    f"{name}: gave shape {found.shape} for {len(rows)} rows; ({len(rows)}, "
+                    f"{total}) is needed"
+                )
+            if not jnp.isfinite(found).all():
+                raise ValueError(f"{name}: gave NaN or infinity; every score must be finite")
+            return _rivals_of_scores(found, owners, rows_owner, targets)
+
+        return of_chunk
+
+    texts = rivals("text_scores", text_scores, n, np.arange(n))
+    images = rivals("image_scores", image_scores, m, owner)
+    return _metrics(texts, images, owner, n, ks, chunk_size)
+
+
+def _metrics(
+    texts: Callable[..., Array],
+    images: Callable[..., Array],
+    owner: np.ndarray,
+    n: int,
+    ks: Sequence[int],
+    chunk_size: int,
+) -> dict[str, float]:
+    """The metrics, from rivals of a chunk of text queries and of a chunk of image queries."""
     ks = [operator.index(k) for k in ks]
     if not ks or min(ks) < 1:
         raise ValueError(f"ks={ks}: at least one cut-off is needed, each at least 1")
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size}: must be at least 1")
-    owner = text_owners(image, text, text_to_image)
-    image, text = unit_rows(image), unit_rows(text)
-    n, m = len(image), len(text)
-
-    t2i = _rivals(text, image, np.arange(n), np.arange(m), owner, owner[:, None], chunk_size)[:, 0]
+    m = len(owner)
+    t2i = _rivals(texts, np.arange(m), owner, owner[:, None], chunk_size)[:, 0]
     row_image, captions = _caption_rows(owner)
-    i2t = _rivals(image, text, owner, row_image, row_image, captions, chunk_size)
+    i2t = _rivals(images, row_image, row_image, captions, chunk_size)
 
     t2i_rank = 1 + t2i
     i2t_rank = np.full(n, np.inf)
@@ -106,6 +184,10 @@ def text_owners(image, text, text_to_image) -> np.ndarray:
     (n, d), (m, e) = shapes["image"], shapes["text"]
     if d != e:
         raise ValueError(f"text: dimension {e}, but image has {d}; embed both into one space")
+    return _check_owner(n, m, text_to_image)
+
+
+def _check_owner(n: int, m: int, text_to_image) -> np.ndarray:
     if n < 2:
         raise ValueError(f"image: {n} rows; retrieval needs at least 2 to choose from")
     if text_to_image is None:
@@ -153,26 +235,20 @@ def _caption_rows(owner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _rivals(
-    queries: jax.Array,
-    gallery: jax.Array,
-    gallery_owner: np.ndarray,
+    of_chunk: Callable[..., Array],
     rows: np.ndarray,
     rows_owner: np.ndarray,
     targets: np.ndarray,
     chunk_size: int,
 ) -> np.ndarray:
-    """`_rivals_of_chunk` over all rows, the last chunk padded so that one program serves all."""
+    """Rivals over all rows, the last chunk padded so that one program serves all."""
     total = len(rows)
     chunk = min(chunk_size, total)
     padding = -total % chunk
     rows, rows_owner = (np.pad(ids, (0, padding)).astype(np.int32) for ids in (rows, rows_owner))
     targets = np.pad(targets, ((0, padding), (0, 0)), constant_values=-1).astype(np.int32)
-    owners = jnp.asarray(gallery_owner, jnp.int32)
     doubled = [
-        _rivals_of_chunk(
-            queries,
-            gallery,
-            owners,
+        of_chunk(
             rows[start : start + chunk],
             rows_owner[start : start + chunk],
             targets[start : start + chunk],
@@ -191,12 +267,22 @@ def _rivals_of_chunk(
     rows_owner: Int[np.ndarray | Array, "c"],
     targets: Int[np.ndarray | Array, "c s"],
 ) -> Int[Array, "c s"]:
+    """`_count_rivals` by inner products."""
+    scores = jnp.matmul(queries[rows], gallery.T, precision=jax.lax.Precision.HIGHEST)
+    return _count_rivals(scores, gallery_owner, rows_owner, targets)
+
+
+def _count_rivals(
+    scores: Float[Array, "c g"],
+    gallery_owner: Int[Array, "g"],
+    rows_owner: Int[np.ndarray | Array, "c"],
+    targets: Int[np.ndarray | Array, "c s"],
+) -> Int[Array, "c s"]:
     """Twice the number of wrong gallery entries above each target, a tie counting half.
 
     Wrong for a query row are the gallery entries of another owner. Where a target is -1, the
     number means nothing.
     """
-    scores = jnp.matmul(queries[rows], gallery.T, precision=jax.lax.Precision.HIGHEST)
     wrong = gallery_owner[None, :] != rows_owner[:, None]
 
     def above(target):
@@ -205,3 +291,6 @@ def _rivals_of_chunk(
         return jnp.sum(jnp.where(wrong, points, 0), axis=1)
 
     return jax.lax.map(above, targets.T).T
+
+
+_rivals_of_scores = jax.jit(_count_rivals)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sotalign_jax.evaluation import retrieval_metrics
+from sotalign_jax.evaluation import retrieval_metrics, retrieval_of_scores
 from sotalign_jax.evaluation.retrieval import _caption_rows, _rivals_of_chunk
 
 
@@ -193,6 +193,55 @@ def test_half_precision_and_device_arrays_are_taken():
     image, text = image.astype(np.float16), text.astype(np.float16)
     got = retrieval_metrics(jnp.asarray(image), text, text_to_image=jnp.asarray(owner))
     _assert_same(got, _brute_force(image, text, owner, (1, 5, 10)))
+
+
+def test_without_normalisation_the_longer_row_wins():
+    image = np.array([[1.0, 0.0], [2.0, 2.0]], np.float32)
+    text = np.array([[1.0, 0.2], [0.3, 1.1]], np.float32)
+    cosine = retrieval_metrics(image, text, ks=(1,))
+    assert cosine["t2i/recall@1"] == cosine["i2t/recall@1"] == 1
+    # For the first text 1.0 and 2.4; for the second image 2.4 and 2.8.
+    inner = retrieval_metrics(image, text, normalize=False, ks=(1,))
+    assert (inner["t2i/recall@1"], inner["i2t/recall@1"]) == (0.5, 1)
+
+
+@pytest.mark.parametrize("chunk_size", [7, 1024])
+def test_metrics_of_scores_are_those_of_the_rows_they_come_from(chunk_size):
+    image, text, owner = _world(12, [1, 2, 3, 11, 1, 1, 2, 2, 4, 1, 1, 2], d=5)
+    scores = image @ text.T
+    asked = {"image": [], "text": []}
+
+    def rows_of(name, table):
+        return lambda rows: asked[name].append(rows) or table[rows]
+
+    got = retrieval_of_scores(
+        rows_of("image", scores),
+        rows_of("text", scores.T),
+        12,
+        len(owner),
+        text_to_image=owner,
+        chunk_size=chunk_size,
+    )
+    _assert_same(got, retrieval_metrics(image, text, text_to_image=owner, normalize=False))
+    for name, total in (("image", 12), ("text", len(owner))):
+        sizes = {len(rows) for rows in asked[name]}
+        assert len(sizes) == 1 and max(sizes) <= chunk_size
+        assert set(np.concatenate(asked[name])) == set(range(total))
+
+
+def test_bad_scores_are_named():
+    scores = np.eye(3, dtype=np.float32)
+    take = functools.partial(retrieval_of_scores, n=3, m=3)
+    for bad in (np.nan, np.inf):
+        table = np.where(np.arange(9).reshape(3, 3) == 6, bad, scores)
+        with pytest.raises(ValueError, match="text_scores: gave NaN or infinity"):
+            take(scores.__getitem__, table.T.__getitem__)
+        with pytest.raises(ValueError, match="image_scores: gave NaN or infinity"):
+            take(table.__getitem__, scores.__getitem__)
+    with pytest.raises(ValueError, match=r"text_scores: gave shape \(3, 2\) for 3 rows; \(3, 3\)"):
+        take(lambda i: scores[i], lambda t: scores[t, :2])
+    with pytest.raises(ValueError, match="text_to_image: needed where 3 texts face 4 images"):
+        take(lambda i: scores[i], lambda t: scores[t], n=4)
 
 
 def test_caption_rows_hold_every_text_once_beside_its_image():
