@@ -66,7 +66,9 @@ def train(config: Config, workdir: str, console: Console | None = None) -> dict[
         if name in results:
             table = retrieval_table(f"Retrieval on the {name} pairs")
             add_scores(table, f"teacher ({config.teacher.name})", results[f"teacher_{name}"])
-            add_scores(table, f"aligner (step {results['selected_step']})", results[name])
+            trained = config.aligner == "layers"
+            label = f"aligner (step {results['selected_step']})" if trained else config.aligner
+            add_scores(table, label, results[name])
             console.print(table)
     console.print(f"aligner saved in {Path(workdir) / 'aligner'}", highlight=False, soft_wrap=True)
     return results
@@ -372,7 +374,11 @@ def _describe_aligner(table: Table, path: Path) -> None:
 
 def _describe_run(table: Table, path: Path) -> None:
     config = read_json(path / "config.json")
-    table.add_row("objective", f"{config['objective']} from a {config['model']['init']} start")
+    if (aligner := config.get("aligner", "layers")) == "layers":
+        start = f"{config['objective']} from a {config['model']['init']} start"
+        table.add_row("objective", start)
+    else:
+        table.add_row("aligner", f"{aligner}, {json.dumps(config[aligner])}")
     table.add_row("data", f"{config['data']['name']}, {config['data']['n_pairs']} pairs")
     metrics = path / "metrics.jsonl"
     if metrics.exists() and (lines := metrics.read_text(encoding="utf-8").splitlines()):

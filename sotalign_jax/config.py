@@ -1,9 +1,9 @@
 """The schema of a run: every field there is, with a default, and what makes a value acceptable.
 
 ``configs/default.py`` says what each field means and what the paper uses; the two are held together
-by a test. Objectives and divergences that have options of their own have tables named after them,
-which their files in ``sotalign_jax/objectives`` describe. An experiment starts from
-:func:`default_config` and assigns.
+by a test. Objectives, divergences and fitted aligners that have options of their own have tables
+named after them, which their files in ``sotalign_jax/objectives`` and ``sotalign_jax/fitted``
+describe. An experiment starts from :func:`default_config` and assigns.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from typing import Any
 
 import ml_collections
 
+from sotalign_jax.fitted import FITTED
 from sotalign_jax.objectives import DIVERGENCES, OBJECTIVES, option_tables
 from sotalign_jax.objectives.fusemix import FuseMix, mixtures
 from sotalign_jax.objectives.options import check_options
@@ -43,6 +44,7 @@ def default_config() -> Config:
     config: Config = ml_collections.ConfigDict()
     config.seed = 0
     config.steps = 2_000
+    config.aligner = "layers"
     config.objective = "sotalign"
 
     config.data = ml_collections.ConfigDict()
@@ -146,12 +148,19 @@ def default_config() -> Config:
     config.compare.methods = ml_collections.ConfigDict()
     config.compare.tune_seeds = ()
     config.compare.grids = ml_collections.ConfigDict()
-    for name, options in option_tables().items():
+    for name, options in _option_tables():
         if name in config:
             raise TypeError(f"{name}: a method with options needs a name that no field has")
         config[name] = ml_collections.ConfigDict(dataclasses.asdict(options()))
     config.lock()
     return config
+
+
+def _option_tables() -> Iterator[tuple[str, type]]:
+    """The tables of methods that have options of their own, and the classes of these."""
+    yield from option_tables().items()
+    for name, method in FITTED.items():
+        yield name, method.options
 
 
 # Fields that take one of a few names. Registries may grow; tables of names whose home is elsewhere
@@ -289,7 +298,7 @@ def _assign(config: Config, name: str, expected: type, value: Any, path: str = "
 
 def _check_values(config: Config) -> None:
     flat = flatten(config)
-    for name, choices in _CHOICES.items():
+    for name, choices in {"aligner": ("layers", *FITTED), **_CHOICES}.items():
         if flat[name] not in choices:
             raise ConfigError(
                 f"config.{name}: got {flat[name]!r}; must be one of {', '.join(choices)}"
@@ -337,7 +346,7 @@ def _check_values(config: Config) -> None:
                 f"'pairs', got {config.teacher.center!r}"
             )
     _check_extensions(config)
-    for name, options in option_tables().items():
+    for name, options in _option_tables():
         try:
             check_options(options, config[name].to_dict())
         except ValueError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -38,10 +38,14 @@ __all__ = [
     "init_aligner",
     "inputs_key",
     "load_inputs",
+    "of_first",
     "raw_tables",
     "resident_bytes",
     "sources",
 ]
+
+
+T = TypeVar("T")
 
 
 class Inputs(NamedTuple):
@@ -55,12 +59,16 @@ def load_inputs(config: Config) -> Inputs:
     """Rows and teacher of a validated configuration, checked; see `load_splits`."""
     splits = load_splits(config)
     teacher = fit_teacher(config, splits)
-    if jax.process_count() > 1:
-        # That of process 0: an eigendecomposition may differ in last bits from machine to machine.
-        leaves, structure = jax.tree.flatten(teacher)
-        leaves = broadcast([np.asarray(leaf) for leaf in leaves], 0)
-        teacher = jax.tree.unflatten(structure, [jnp.asarray(leaf) for leaf in leaves])
-    return Inputs(splits, teacher)
+    return Inputs(splits, of_first(teacher))
+
+
+def of_first(fitted: T) -> T:
+    """What process 0 fitted: an eigendecomposition may differ in last bits between machines."""
+    if jax.process_count() == 1:
+        return fitted
+    leaves, structure = jax.tree.flatten(fitted)
+    leaves = broadcast([np.asarray(leaf) for leaf in leaves], 0)
+    return jax.tree.unflatten(structure, [jnp.asarray(leaf) for leaf in leaves])
 
 
 def inputs_key(config: Config) -> str:

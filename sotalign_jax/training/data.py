@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from sotalign_jax import features
+from sotalign_jax import features, fitted
 from sotalign_jax.config import Config, ConfigError
 from sotalign_jax.features import FeatureTable, Pairs, Splits
+from sotalign_jax.fitted import FittedAligner
 from sotalign_jax.numerics import unit_rows64
 from sotalign_jax.teachers import (
     ColumnMoments,
@@ -35,7 +36,7 @@ from sotalign_jax.teachers.moments import (
 )
 from sotalign_jax.training.distributed import broadcast, gather, together
 
-__all__ = ["fit_teacher", "load_splits", "load_test_pairs"]
+__all__ = ["fit_aligner", "fit_teacher", "load_splits", "load_test_pairs"]
 
 _CHUNK = 8_192
 # Parts of a table that different processes may read; more would only be more to exchange.
@@ -290,6 +291,30 @@ def fit_teacher(config: Config, splits: Splits) -> LinearTeacher:
         )
     except ValueError as error:
         raise ConfigError(f"config.teacher.refit: {error}") from error
+
+
+def fit_aligner(config: Config, splits: Splits) -> FittedAligner:
+    """The aligner of a validated configuration whose ``aligner`` is fitted in one go.
+
+    Args:
+        config: a validated configuration.
+        splits: its rows; the unpaired ones are read only where the method's options ask for them.
+
+    Returns:
+        The aligner.
+
+    Raises:
+        ConfigError: rows that do not support what is asked.
+    """
+    options = config[config.aligner].to_dict()
+    unpaired: list[np.ndarray | None] = [None, None]
+    if fitted.reads_unpaired(config.aligner, options):
+        unpaired = [table.array() for table in (splits.unpaired_image, splits.unpaired_text)]
+    image, text = splits.pairs.image.array(), splits.pairs.text.array()
+    try:
+        return fitted.fit(config.aligner, image, text, *unpaired, options=options, seed=config.seed)
+    except ValueError as error:
+        raise ConfigError(f"config.{config.aligner}: {error}") from error
 
 
 def _check_unpaired(settings: Config, splits: Splits) -> None:

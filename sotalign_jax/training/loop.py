@@ -20,8 +20,10 @@ from sotalign_jax.training.build import (
     check_splits,
     fits,
     load_inputs,
+    of_first,
     sources,
 )
+from sotalign_jax.training.data import fit_aligner
 from sotalign_jax.training.devices import (
     local_copy,
     place_batch,
@@ -37,7 +39,7 @@ from sotalign_jax.training.distributed import (
 )
 from sotalign_jax.training.metrics import make_console
 from sotalign_jax.training.neighbours import NeighbourCache
-from sotalign_jax.training.record import Record, evaluate_teacher
+from sotalign_jax.training.record import Record, evaluate_teacher, write_results
 from sotalign_jax.training.step import (
     TrainState,
     place_state,
@@ -66,6 +68,9 @@ def train(
     and ``results.json``. A run that was killed at any moment and is started again ends with the
     parameters of one that was not. A run that is done returns its results again. On SIGTERM it
     finishes the dispatch at hand, saves a checkpoint and stops.
+
+    Where ``config.aligner`` is fitted in one go there are no steps: the directory has neither
+    ``metrics.jsonl`` nor ``checkpoints/``, and all else is the same.
 
     Args:
         config: a configuration; see ``configs/default.py``.
@@ -114,6 +119,8 @@ def train_in(
     # ---- data and teacher: every check of the input happens here
     inputs = load_inputs(config) if inputs is None else inputs
     splits, teacher = inputs
+    if config.aligner != "layers":
+        return _fit(config, home, console, quiet, inputs, began)
 
     # ---- model, optimiser, streams
     setup, state, rest = build(config, splits, teacher)
@@ -159,6 +166,24 @@ def train_in(
 
     # ---- select, save, evaluate
     return record.finish(state, evaluate_teacher(inputs), began)
+
+
+def _fit(
+    config: Config, home: Workdir, console: Console, quiet: bool, inputs: Inputs, began: float
+) -> dict[str, Any]:
+    """A run without steps."""
+    splits = inputs.splits
+    aligner = of_first(together(lambda: fit_aligner(config, splits)))
+    home.start(config)
+    if not quiet:
+        unpaired = len(splits.unpaired_image), len(splits.unpaired_text)
+        console.print(f"data: {splits.description}", highlight=False)
+        console.print(
+            f"pairs {len(splits.pairs)}, unpaired images {unpaired[0]}, unpaired texts "
+            f"{unpaired[1]}; aligner: {config.aligner}, {aligner.dim} dimensions",
+            highlight=False,
+        )
+    return write_results(config, home, inputs, aligner, 0, evaluate_teacher(inputs), began)
 
 
 def _dispatch_resident(

@@ -159,17 +159,16 @@ def train_many(
                     runs.append((number, config, home))
             cache, near = InputCache(), NeighbourCache()
             said = None if quiet else console
-            opened = [
-                _Run(
-                    n,
-                    config,
-                    home,
-                    cache.get(config) if inputs is None else inputs[n],
-                    said,
-                    near,
-                )
-                for n, config, home in runs
-            ]
+            opened, fitted = [], []
+            for n, config, home in runs:
+                given = cache.get(config) if inputs is None else inputs[n]
+                if config.aligner == "layers":
+                    opened.append(_Run(n, config, home, given, said, near))
+                else:
+                    fitted.append((n, config, home, given))
+            for n, config, home, given in fitted:  # no steps to take together
+                began = time.perf_counter()
+                done(n, train_in(config, home, console, quiet, given, watch, began))
             for group in _groups(opened):
                 _train_group(group, console, quiet, watch, done)
     return [outcome[number] for number in range(len(configs))]

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from sotalign_jax.config import Config
 from sotalign_jax.features import Pairs
+from sotalign_jax.fitted import FittedAligner
 from sotalign_jax.models import Aligner
 from sotalign_jax.objectives import OBJECTIVES
 from sotalign_jax.training.build import Inputs
@@ -25,7 +26,7 @@ from sotalign_jax.training.metrics import MetricWriter, ProgressBar, make_sinks
 from sotalign_jax.training.step import Setup, TrainState, Variables
 from sotalign_jax.training.workdir import Workdir, write_json
 
-__all__ = ["Record", "checked_means", "evaluate_teacher"]
+__all__ = ["Record", "checked_means", "evaluate_teacher", "write_results"]
 
 Scores = dict[str, dict[str, float]]
 
@@ -139,22 +140,48 @@ class Record:
         aligner = self.aligner(state)
         prior = OBJECTIVES[config.objective].prior
         aligner.training_prior = prior(self._setup.loss, *self._setup.sizes)
-        splits, teacher = self._inputs
-        results: dict[str, Any] = {"selected_step": selected, "pairs": len(splits.pairs)}
-        for name, pairs in _held_out(self._inputs):
-            results[name] = evaluate(aligner, pairs)
-            results[f"teacher_{name}"] = teacher_scores[name]
-        results["seconds"] = round(time.perf_counter() - began, 3)
+        return write_results(config, home, self._inputs, aligner, selected, teacher_scores, began)
 
-        def write() -> None:
-            if jax.process_index() == 0:
-                description = {"data": splits.description, "config": json.loads(config.to_json())}
-                aligner.save(home.aligner, metadata=description | {"step": selected})
-                Aligner.from_teacher(teacher).save(home.teacher, metadata=description)
-                write_json(home.results, results)
 
-        together(write)
-        return from_first(lambda: results)
+def write_results(
+    config: Config,
+    home: Workdir,
+    inputs: Inputs,
+    aligner: Aligner | FittedAligner,
+    step: int,
+    teacher_scores: Scores,
+    began: float,
+) -> dict[str, Any]:
+    """Save an aligner and its teacher, and evaluate it; ``results.json`` is written last.
+
+    Args:
+        config: of the run.
+        home: its directory.
+        inputs: its rows and teacher.
+        aligner: what came of it.
+        step: how many steps it took.
+        teacher_scores: of `evaluate_teacher`.
+        began: when the run was started, by `time.perf_counter`.
+
+    Returns:
+        What ``results.json`` holds.
+    """
+    splits, teacher = inputs
+    results: dict[str, Any] = {"selected_step": step, "pairs": len(splits.pairs)}
+    for name, pairs in _held_out(inputs):
+        results[name] = evaluate(aligner, pairs)
+        results[f"teacher_{name}"] = teacher_scores[name]
+    results["seconds"] = round(time.perf_counter() - began, 3)
+
+    def write() -> None:
+        if jax.process_index() == 0:
+            description = {"data": splits.description, "config": json.loads(config.to_json())}
+            aligner.save(home.aligner, metadata=description | {"step": step})
+            Aligner.from_teacher(teacher).save(home.teacher, metadata=description)
+            write_json(home.results, results)
+
+    together(write)
+    return from_first(lambda: results)
 
 
 def _held_out(inputs: Inputs) -> list[tuple[str, Pairs]]:

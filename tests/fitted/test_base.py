@@ -1,6 +1,7 @@
 """What all fitted aligners share: names, options, files."""
 
 import dataclasses
+import functools
 import json
 from typing import ClassVar
 
@@ -33,6 +34,7 @@ def rows(n=30, seed=0):
     return views[:, :6], views[:, 6:]
 
 
+@functools.cache
 def fitted_case(case):
     name, options = CASES[case]
     return fit(name, *rows(), *rows(50, seed=1), options=options)
