@@ -47,7 +47,8 @@ class CsaOptions(Options):
         ridge_on: what lambda is added to: "covariance" or "scatter".
         correlations: where the weights come from: "held_out" (default), the correlations of pairs
             that a direction was not fitted on; or "in_sample", those of the pairs that it was,
-            which are far too high where pairs are few.
+            which are far too high where pairs are few. Equal weights need none, and always have
+            the latter.
         folds: into how many parts the pairs are cut for "held_out"; one CCA is fitted for each.
         weights: "correlation" (default), or "equal" for plain cosines.
         center: which rows the means are taken of: "pairs" (default) or "unpaired".
@@ -189,7 +190,7 @@ def csa(
         teacher = cca(moments, ridge=settings.ridge, ridge_on=settings.ridge_on, dim=dim or None)
         return teacher, moments
 
-    if settings.correlations == "in_sample":
+    if settings.correlations == "in_sample" or settings.weights == "equal":
         teacher, moments = fit(_moments(image, text, settings)[0], settings.dim)
         correlations = _correlation(_sums(teacher, moments))
     else:
@@ -197,8 +198,8 @@ def csa(
     correlations = np.clip(correlations, 0.0, 1.0)
     if settings.weights == "correlation" and not correlations.any():
         raise ValueError(
-            "correlations: those of held-out pairs are all 0 or below, so nothing was learned; "
-            "give more pairs, a higher ridge, or weights='equal'"
+            f"correlations: those of {settings.correlations} pairs are all 0 or below, so that "
+            "every similarity would be 0; give more pairs, a higher ridge, or weights='equal'"
         )
     return Csa(
         image_weight=teacher.image_weight,

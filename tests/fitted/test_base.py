@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import json
+import re
+from pathlib import Path
 from typing import ClassVar
 
 import jax
@@ -97,7 +99,7 @@ def test_numpy_alone_reads_a_saved_aligner(case, tmp_path):
         np.testing.assert_allclose(embed(raw), expected, atol=1e-5, err_msg=side)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["csa", "asif dense"])
 def test_an_aligner_is_a_pytree_and_takes_single_rows(case):
     aligner, (image, text) = fitted_case(case), rows(9, seed=2)
     jitted = jax.jit(lambda a, r: a.embed_image(r))(aligner, image)
@@ -148,6 +150,14 @@ def test_fit_calls_the_method_and_hides_what_it_does_not_read():
             call()
     with pytest.raises(ValueError, match="fold: no such option; known are dim"):
         reads_unpaired("csa", {"fold": 2})
+
+
+def test_the_example_of_the_documentation_runs(tmp_path, monkeypatch, capsys):
+    text = (Path(__file__).parents[2] / "docs" / "fitted.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "docs/fitted.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("(50, 50)\nCsaOptions(dim=0, ridge=0.001, ")
 
 
 # ---- files

@@ -73,7 +73,7 @@ def numpy_held_out(image, text, *, ridge, folds, seed, dim, normalize=True):
         {},
         {"ridge": 0.1, "dim": 3, "folds": 3},
         {"ridge": 0.0, "normalize": False},
-        {"ridge": 1e-3, "weights": "equal", "dim": 5},
+        {"ridge": 1e-3, "normalize": False, "dim": 5},
     ],
 )
 def test_similarity_is_the_definition(options):
@@ -85,16 +85,24 @@ def test_similarity_is_the_definition(options):
     rho = numpy_held_out(*train, folds=settings.folds, seed=3, **shared)
     np.testing.assert_allclose(fitted.correlations, rho, atol=1e-5)
     assert rho.max() > 0.5  # what is compared is no row of zeros
-    if settings.weights == "equal":
-        rho = np.ones(dim)
     expected = numpy_similarity(train, test, rho=rho, **shared)
     np.testing.assert_allclose(fitted.similarity(*test), expected, atol=2e-5)
     image, text = fitted.embed_image(test[0]), fitted.embed_text(test[1])
     np.testing.assert_allclose(np.asarray(image) @ np.asarray(text).T, expected, atol=2e-5)
     assert (fitted.image_dim, fitted.text_dim, fitted.dim) == (DX, DY, dim)
-    lengths = np.linalg.norm(image, axis=1)
-    assert fitted.unit == bool(np.allclose(lengths, 1, atol=1e-5))
+    assert not fitted.unit and np.linalg.norm(image, axis=1).max() < 1
     assert np.abs(expected).max() <= rho.max() + 1e-6
+
+
+def test_equal_weights_are_cosines_and_need_no_folds():
+    train, test = pairs(), pairs(30, seed=1)
+    fitted = csa(*train, weights="equal", ridge=0.01, dim=5)
+    expected = numpy_similarity(train, test, rho=np.ones(5), ridge=0.01, dim=5)
+    np.testing.assert_allclose(fitted.similarity(*test), expected, atol=2e-5)
+    assert fitted.unit
+    np.testing.assert_allclose(np.linalg.norm(fitted.embed_text(test[1]), axis=1), 1, atol=1e-5)
+    inside = csa(*train, correlations="in_sample", ridge=0.01, dim=5)
+    np.testing.assert_array_equal(fitted.correlations, inside.correlations)
 
 
 def test_in_sample_correlations_are_those_of_the_fitted_pairs():
@@ -209,7 +217,7 @@ def test_directions_that_folds_disagree_on_are_no_use():
     sign = np.where(_folds(image, 2, 0) == 0, 1.0, -1.0)
     text = image * sign[:, None]
     options = {"normalize": False, "folds": 2}
-    with pytest.raises(ValueError, match="correlations: those of held-out pairs are all 0"):
+    with pytest.raises(ValueError, match="correlations: those of held_out pairs are all 0"):
         csa(image, text, **options)
     assert csa(image, text, weights="equal", **options).dim == 1
     assert csa(image, image, **options).correlations[0] > 0.99

@@ -8,12 +8,13 @@ import json
 
 import numpy as np
 import pytest
+from local_processes import finish, start
 from rich.console import Console
-from tiny_runs import results, tiny
+from tiny_runs import CONFIG_FILE, results, tensors, tiny
 
 from sotalign_jax import commands
 from sotalign_jax.config import ConfigError, validate
-from sotalign_jax.fitted import asif, csa, load
+from sotalign_jax.fitted import FITTED, asif, csa, load
 from sotalign_jax.training import (
     data,
     evaluate,
@@ -138,7 +139,33 @@ def test_fitted_runs_stand_beside_those_that_are_trained_together(tmp_path, monk
     assert together_key(configs[0]) not in (together_key(configs[1]), together_key(configs[2]))
 
 
+def test_a_further_method_is_a_line_in_the_registry(tmp_path, monkeypatch):
+    monkeypatch.setitem(FITTED, "mine", FITTED["asif"])
+    config = tiny()
+    assert config.mine.power == 8
+    config.aligner, config.mine.power = "mine", 0
+    with pytest.raises(ConfigError, match=r"config.mine.power: got 0; must be at least 1"):
+        validate(config)
+    config.mine.power = 2
+    train(config, tmp_path / "run", quiet=True, inputs=inputs())
+    assert load(tmp_path / "run" / "aligner").options.power == 2
+
+
 def test_rows_that_do_not_support_the_options_are_named(tmp_path):
     with pytest.raises(ConfigError, match=r"config.csa: dim: got 60; .* the pairs support at most"):
         train(tiny(aligner="csa", csa__dim=60), tmp_path / "run", quiet=True, inputs=inputs())
     assert not names(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_two_processes_fit_what_one_fits(tmp_path):
+    flags = (f"--config={CONFIG_FILE}:teacher", "--config.aligner=csa")
+    for count in (1, 2):
+        finish(start("train", *flags, f"--workdir={tmp_path / str(count)}", processes=count))
+    assert names(tmp_path / "2") == LEFT and results(tmp_path / "1") == results(tmp_path / "2")
+    one, two = (tensors(tmp_path / str(count)) for count in (1, 2))
+    for name, value in one.items():
+        np.testing.assert_array_equal(value, two[name], err_msg=name)
+    flags += (f"--workdir={tmp_path / 'bad'}", "--config.csa.dim=60")
+    for output in finish(start("train", *flags, processes=2), statuses=(2,)):
+        assert "config.csa: dim: got 60; without one fold of 5" in output
