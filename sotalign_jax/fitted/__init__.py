@@ -17,6 +17,7 @@ from sotalign_jax.fitted.base import (
     make_options,
 )
 from sotalign_jax.fitted.csa import CSA, Csa, CsaOptions, csa
+from sotalign_jax.fitted.sue import SUE, Sue, SueOptions, sue
 from sotalign_jax.models.saved import CONFIG_FILE, read_document, saved_path
 
 __all__ = [
@@ -29,15 +30,18 @@ __all__ = [
     "FittedAligner",
     "Method",
     "Options",
+    "Sue",
+    "SueOptions",
     "asif",
     "csa",
     "fit",
     "load",
     "reads_unpaired",
+    "sue",
 ]
 
 # One more method is one more file, and a line here.
-FITTED: dict[str, Method] = {"asif": ASIF, "csa": CSA}
+FITTED: dict[str, Method] = {"asif": ASIF, "csa": CSA, "sue": SUE}
 
 
 def fit(

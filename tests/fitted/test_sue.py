@@ -1,0 +1,220 @@
+import inspect
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sotalign_jax.fitted import sue
+from sotalign_jax.fitted.mmd import mmd
+from sotalign_jax.fitted.sue import SUE, spectral_cca
+from sotalign_jax.numerics import unit_rows64
+
+QUICK = {"mmd_epochs": 2, "spectral_dim": 6, "dim": 4, "neighbours": 8, "scale_neighbour": 5}
+
+
+def _views(n, seed):
+    """Two nonlinear views of points of a square, each with noise of its own."""
+    rng = np.random.default_rng(seed)
+    z = rng.uniform(-1, 1, size=(n, 2))
+    maps = np.random.default_rng(9)
+    waves = [z, z**2, np.sin(2 * z), z[:, :1] * z[:, 1:], np.exp(-(z**2))]
+    image, text = (np.concatenate(waves[k : k + 3], axis=1) for k in (0, 2))
+    image = np.tanh(image @ maps.normal(size=(image.shape[1], 12)))
+    text = np.cos(text @ maps.normal(size=(text.shape[1], 9)) + 0.5)
+    return (
+        image + 0.02 * rng.normal(size=image.shape),
+        text + 0.02 * rng.normal(size=text.shape),
+    )
+
+
+def _jobs(pairs=30, unpaired=220):
+    """Pairs, then images and texts of which no two belong together."""
+    return *_views(pairs, 0), _views(unpaired, 1)[0], _views(unpaired, 2)[1]
+
+
+def _recall(aligner, k=5, n=100):
+    image, text = _views(n, 3)
+    affinity = np.asarray(aligner.similarity(image, text))
+    better = (affinity > np.diag(affinity)[:, None]).sum(axis=1)
+    return np.mean(better < k)
+
+
+def _pairs(n=40, seed=0):
+    rng = np.random.default_rng(seed)
+    z = rng.normal(size=(n, 4))
+    image = z @ rng.normal(size=(4, 7)) + 0.4 * rng.normal(size=(n, 7)) + 2
+    text = z @ rng.normal(size=(4, 5)) + 0.4 * rng.normal(size=(n, 5)) - 1
+    return image, text
+
+
+# ---- the second stage
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.3])
+def test_correct_cca_gives_scores_of_covariance_one_that_correlate_in_order(ridge):
+    image, text = _pairs()
+    got = spectral_cca(image, text, dim=4, ridge=ridge)
+    u = (image - got.image_mean) @ got.image_weight
+    v = (text - got.text_mean) @ got.text_weight
+    for scores, weight in ((u, got.image_weight), (v, got.text_weight)):
+        covariance = scores.T @ scores / 39 + ridge * weight.T @ weight
+        np.testing.assert_allclose(covariance, np.eye(4), atol=1e-4)
+    # The canonical correlations by two QR decompositions, where nothing regularises them.
+    cross = u.T @ v / 39
+    np.testing.assert_allclose(cross, np.diag(np.diag(cross)), atol=1e-4)
+    if ridge == 0:
+        left, right = (np.linalg.qr(x - x.mean(axis=0))[0] for x in (image, text))
+        expected = np.linalg.svd(left.T @ right, compute_uv=False)[:4]
+        np.testing.assert_allclose(np.diag(cross), expected, atol=1e-4)
+
+
+def _by_deflation(x, y, dim):
+    """Rotations of CCA by deflation of standardised columns, as scikit-learn defines them."""
+    x, y = ((r - r.mean(axis=0)) / r.std(axis=0, ddof=1) for r in (x, y))
+    weights, loadings = ([], []), ([], [])
+    for _ in range(dim):
+        (ux, sx, vx), (uy, sy, vy) = (np.linalg.svd(r, full_matrices=False) for r in (x, y))
+        keep_x, keep_y = sx > 1e-9, sy > 1e-9
+        a, _, b = np.linalg.svd(ux[:, keep_x].T @ uy[:, keep_y])
+        wx = vx[keep_x].T @ (a[:, 0] / sx[keep_x])
+        wy = vy[keep_y].T @ (b[0] / sy[keep_y])
+        for side, (rows, w) in enumerate(((x, wx), (y, wy))):
+            w = w / np.linalg.norm(w)
+            scores = rows @ w
+            loading = rows.T @ scores / (scores @ scores)
+            weights[side].append(w)
+            loadings[side].append(loading)
+            rows -= np.outer(scores, loading)
+    return [
+        np.stack(w, axis=1) @ np.linalg.inv(np.stack(p, axis=1).T @ np.stack(w, axis=1))
+        for w, p in zip(weights, loadings, strict=True)
+    ]
+
+
+def test_published_cca_multiplies_raw_embeddings_by_rotations_of_standardised_ones():
+    image, text = _pairs()
+    got = spectral_cca(image, text, dim=4, scaling="published")
+    left, right = _by_deflation(image, text, 4)
+    sign = np.sign(np.sum(left * got.image_weight, axis=0))
+    np.testing.assert_allclose(got.image_weight, left * sign, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(got.text_weight, right * sign, rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(got.image_mean, np.zeros(7))
+    np.testing.assert_array_equal(got.text_mean, np.zeros(5))
+    constant = np.concatenate([image, np.ones((40, 1))], axis=1)
+    with_one = spectral_cca(constant, text, dim=4, scaling="published")
+    np.testing.assert_allclose(with_one.image_weight[:7], got.image_weight, atol=1e-3)
+    np.testing.assert_allclose(with_one.image_weight[7], 0.0, atol=1e-6)
+
+
+def test_bad_pairs_are_named():
+    image, text = _pairs()
+    with pytest.raises(ValueError, match="dim=6: the pairs support at most 5"):
+        spectral_cca(image, text, dim=6)
+    with pytest.raises(ValueError, match="scaling: got 'none'; must be one of"):
+        inspect.unwrap(spectral_cca)(image, text, dim=2, scaling="none")
+    with pytest.raises(ValueError, match="holds NaN"):
+        spectral_cca(image * np.nan, text, dim=2)
+
+
+# ---- all three
+
+
+def test_few_pairs_align_two_nonlinear_views():
+    aligner = sue(*_jobs(), spectral_dim=12, dim=6, neighbours=15, scale_neighbour=8)
+    assert _recall(aligner) > 0.5  # chance 5 / 100
+    assert (aligner.image_dim, aligner.text_dim, aligner.dim, aligner.unit) == (12, 9, 6, True)
+    for rows in (aligner.embed_image(_views(7, 4)[0]), aligner.embed_text(_views(7, 4)[1])):
+        np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
+    # The pairs are what says which of the two embeddings' directions belong together.
+    image, text, *unpaired = _jobs()
+    mixed = sue(
+        image, text[::-1], *unpaired, spectral_dim=12, dim=6, neighbours=15, scale_neighbour=8
+    )
+    assert _recall(mixed) < 0.2
+
+
+@pytest.mark.slow
+def test_few_pairs_align_two_nonlinear_views_by_the_network():
+    aligner = sue(*_jobs(unpaired=600), spectral_dim=12, dim=6, neighbours=15, embedding="network")
+    assert _recall(aligner) > 0.4
+
+
+def test_the_residual_network_makes_images_look_like_texts():
+    jobs = _jobs()
+    # Scores that were not centred are distributed differently on the two sides.
+    options = {**QUICK, "scaling": "published", "ridge": 0.0, "mmd_learning_rate": 1e-2}
+    values = []
+    for epochs in (0, 30):
+        aligner = sue(*jobs, **{**options, "mmd_epochs": epochs})
+        values.append(float(mmd(aligner.embed_image(jobs[2]), aligner.embed_text(jobs[3]))))
+    assert values[1] < 0.3 * values[0]
+
+
+def test_the_seed_decides_and_progress_is_told():
+    told: list[tuple[str, int, int]] = []
+    one = sue(*_jobs(), **QUICK, landmarks=150, progress=lambda *what: told.append(what))
+    again = sue(*_jobs(), **QUICK, landmarks=150)
+    other = sue(*_jobs(), **QUICK, landmarks=150, seed=1)
+    rows = _views(20, 4)[0]
+    np.testing.assert_array_equal(one.embed_image(rows), again.embed_image(rows))
+    assert np.abs(np.asarray(one.embed_image(rows) - other.embed_image(rows))).max() > 1e-3
+    assert told == [
+        ("embed images", 1, 1),
+        ("embed texts", 1, 1),
+        ("move images", 1, 2),
+        ("move images", 2, 2),
+    ]
+
+
+def test_rows_of_any_length_are_the_same_where_they_are_normalised():
+    jobs = _jobs()
+    one = sue(*jobs, **QUICK)
+    other = sue(*(rows * 7.0 for rows in jobs), **QUICK)
+    rows = _views(20, 4)[0]
+    np.testing.assert_allclose(one.embed_image(rows), other.embed_image(rows * 3), atol=1e-3)
+    raw = sue(*jobs, **QUICK, normalize=False)
+    assert np.abs(np.asarray(raw.embed_image(rows) - raw.embed_image(rows * 3))).max() > 0.01
+
+
+def test_unpaired_rows_may_be_missing():
+    image, text, _, _ = _jobs(pairs=60)
+    none = sue(image, text, **QUICK)
+    empty = sue(image, text, image[:0], text[:0], **QUICK)
+    np.testing.assert_array_equal(none.embed_image(image), empty.embed_image(image))
+    np.testing.assert_allclose(none.image["center"], unit_rows64(image).mean(axis=0), atol=1e-6)
+
+
+def test_bad_input_is_named():
+    image, text, unpaired_image, unpaired_text = _jobs()
+    for bad, message in (
+        ({"spectral_dim": 0}, "spectral_dim: got 0; must be at least 1"),
+        ({"dim": 7}, "dim: got 7; must be at most spectral_dim, which is 6"),
+        ({"dim": 30, "spectral_dim": 40}, "dim: got 30; 30 pairs support at most 29"),
+        ({"ridge": -1.0}, "ridge: got -1.0; must be finite"),
+        ({"scale_neighbour": 10}, "scale_neighbour: got 10; must lie between 2 and 9"),
+        ({"mmd_epochs": -1}, "mmd_epochs: got -1; must be at least 0"),
+        ({"batch_size": 1}, "batch_size: got 1; must be at least 2"),
+        ({"mmd_learning_rate": 0.0}, "mmd_learning_rate: got 0.0; must be positive"),
+        ({"hidden": "64,64"}, "hidden: got '64,64'; must be widths"),
+        ({"mmd_hidden": "0-8"}, "mmd_hidden: got '0-8'; must be widths"),
+        ({"neighbors": 3}, "neighbors: no such option; known are embedding"),
+        ({"neighbours": 300}, "image: neighbours: got 300; a graph of 250 rows"),
+    ):
+        options: dict[str, Any] = {**QUICK, **bad}
+        with pytest.raises(ValueError, match=message):
+            sue(image, text, unpaired_image, unpaired_text, **options)
+    for rows, message in (
+        ((image, text, unpaired_image[:, :5], unpaired_text), "unpaired_image: 5 features"),
+        ((image, text, unpaired_image, unpaired_text * np.nan), "unpaired_text: row 0 holds NaN"),
+        ((image, text, np.full((3, 12), 1e39), unpaired_text), "image: row 30 holds NaN or inf"),
+        ((np.ones_like(image), text, None, unpaired_text), "image: rows: all 30 are the same"),
+        ((image, text[:7], unpaired_image, unpaired_text), "text: 7 rows, but image has 30"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            inspect.unwrap(sue)(*rows, **QUICK)
+
+
+def test_published_options_are_those_of_the_published_code():
+    published = SUE.options(**SUE.published)
+    assert (published.spectral_dim, published.dim, published.neighbours) == (30, 8, 30)
+    assert published.hidden == "4096-4096-1024" and published.mmd_hidden == "32-32"
