@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -55,6 +56,7 @@ class Graph(NamedTuple):
     bandwidth: Float[Array, "1"]
 
 
+@jax.jit
 def prepared_by(rows: Float[ArrayLike, "n d"]) -> Prepared:
     """What gives these rows a mean of zero and a mean squared length of one.
 
@@ -70,6 +72,7 @@ def prepared_by(rows: Float[ArrayLike, "n d"]) -> Prepared:
     return Prepared(center, jnp.sqrt(jnp.where(square > 0, square, 1.0))[None])
 
 
+@functools.partial(jax.jit, static_argnames=("neighbours", "scale_neighbour"))
 def neighbour_graph(
     rows: Float[ArrayLike, "n d"], *, neighbours: int = 30, scale_neighbour: int = 15
 ) -> Graph:

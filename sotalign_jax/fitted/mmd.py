@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -16,10 +15,10 @@ from jaxtyping import Array, Float
 
 from sotalign_jax.fitted.base import checked_rows
 from sotalign_jax.fitted.graph import squared_distances
+from sotalign_jax.fitted.networks import Layers, apply_layers, drawn_batches, drawn_layers
 
 __all__ = ["Residual", "mmd", "residual_map"]
 
-_HIGHEST = jax.lax.Precision.HIGHEST
 MULTIPLIERS = (0.5, 1.0, 2.0)
 # Rows a side that are held out at most: their kernel is formed whole.
 _MOST_HELD_OUT = 1_000
@@ -33,18 +32,13 @@ class Residual(NamedTuple):
         layers: ``"0"``, ``"1"``, ...: the weight and bias of a layer.
     """
 
-    layers: dict[str, dict[str, Array]]
+    layers: Layers
 
+    @jax.jit
     def __call__(self, rows: Float[ArrayLike, "n d"]) -> Float[Array, "n d"]:
         """The rows, moved."""
         rows = jnp.asarray(rows)
-        hidden = rows
-        for k in range(len(self.layers)):
-            layer = self.layers[str(k)]
-            hidden = jax.nn.relu(hidden) if k else hidden
-            hidden = jnp.matmul(hidden, layer["weight"], precision=_HIGHEST)
-            hidden = hidden + layer["bias"][None, :]
-        return rows + hidden
+        return rows + apply_layers(self.layers, rows, jax.nn.relu)
 
 
 def mmd(
@@ -79,6 +73,11 @@ def mmd(
     x, y = jnp.asarray(x), jnp.asarray(y)
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"y: {y.shape[1]} columns, but x has {x.shape[1]}")
+    return _mmd(x, y, tuple(multipliers))
+
+
+@functools.partial(jax.jit, static_argnames=("multipliers",))
+def _mmd(x, y, multipliers: tuple[float, ...]):
     n, both = x.shape[0], jnp.concatenate([x, y])
     # Distances do not see where the rows are, but their rounding does.
     both -= jax.lax.stop_gradient(jnp.mean(both, axis=0, keepdims=True))
@@ -150,23 +149,23 @@ def residual_map(
     if not 0 < learning_rate < float("inf"):
         raise ValueError(f"learning_rate: got {learning_rate}; must be positive and finite")
 
-    start_key, split_key, batch_key = jax.random.split(jax.random.key(seed), 3)
-    start = _identity(start_key, (dim, *hidden, dim))
+    rng = np.random.default_rng(seed)
+    start = _identity(rng, (dim, *hidden, dim))
     if epochs == 0:
         return start
     training, held_out = [], []
-    for rows, key in zip(sides, jax.random.split(split_key), strict=True):
+    for rows in sides:
         count = min(max(2, len(rows) // 10), _MOST_HELD_OUT)
-        order = np.asarray(jax.random.permutation(key, len(rows)))
+        order = rng.permutation(len(rows))
         held_out.append(jnp.asarray(rows[np.sort(order[:count])]))
         training.append(jnp.asarray(rows[np.sort(order[count:])]))
     size = min(batch_size, *(len(rows) for rows in training))
     optimizer = optax.adamw(learning_rate, weight_decay=_WEIGHT_DECAY)
-    state = start, optimizer.init(start), start, _held_out(start, *held_out)
+    state = start, optimizer.init(start), start, mmd(*held_out)
     first = state[3]
     for epoch in range(epochs):
-        key = jax.random.fold_in(batch_key, epoch)
-        state = _epoch(state, *training, *held_out, key, size, learning_rate)
+        batches = drawn_batches(rng, [len(rows) for rows in training], size)
+        state = _epoch(state, *training, *held_out, batches, learning_rate)
         if progress is not None:
             progress(epoch + 1, epochs)
     if not np.isfinite(first) or not np.isfinite(state[3]):
@@ -174,30 +173,16 @@ def residual_map(
     return state[2]
 
 
-def _identity(key, widths: Sequence[int]) -> Residual:
-    """Layers as PyTorch starts them, but the last, which is zero."""
-    layers = {}
-    for k, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
-        weight_key, bias_key = jax.random.split(jax.random.fold_in(key, k))
-        bound = 0.0 if k == len(widths) - 2 else inputs**-0.5
-        draw = functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
-        layers[str(k)] = {
-            "weight": draw(weight_key, (inputs, outputs), jnp.float32),
-            "bias": draw(bias_key, (outputs,), jnp.float32),
-        }
-    return Residual(layers)
+def _identity(rng: np.random.Generator, widths: Sequence[int]) -> Residual:
+    layers = drawn_layers(rng, widths)
+    last = str(len(layers) - 1)
+    return Residual({**layers, last: jax.tree.map(jnp.zeros_like, layers[last])})
 
 
 @jax.jit
-def _held_out(residual: Residual, source, target):
-    return mmd(residual(source), target)
-
-
-@functools.partial(jax.jit, static_argnames=("size",))
-def _epoch(state, source, target, held_source, held_target, key, size, learning_rate):
+def _epoch(state, source, target, held_source, held_target, batches, learning_rate):
     """One pass over the shorter sample, and the best so far."""
     residual, optimizer_state, best, best_value = state
-    steps = min(source.shape[0], target.shape[0]) // size
     optimizer = optax.adamw(learning_rate, weight_decay=_WEIGHT_DECAY)
 
     def step(state, rows):
@@ -206,13 +191,7 @@ def _epoch(state, source, target, held_source, held_target, key, size, learning_
         updates, optimizer_state = optimizer.update(gradient, optimizer_state, residual)
         return (jax.tree.map(jnp.add, residual, updates), optimizer_state), None
 
-    orders = [
-        jax.random.permutation(key, rows.shape[0])[: steps * size].reshape(steps, size)
-        for key, rows in zip(jax.random.split(key), (source, target), strict=True)
-    ]
-    (residual, optimizer_state), _ = jax.lax.scan(
-        step, (residual, optimizer_state), jnp.stack(orders, axis=1)
-    )
+    (residual, optimizer_state), _ = jax.lax.scan(step, (residual, optimizer_state), batches)
     value = mmd(residual(held_source), held_target)
     # False where the value is NaN: what stopped being finite is never the best.
     better = value < best_value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -52,6 +53,7 @@ class Nystrom(NamedTuple):
     vectors: Float[Array, "m k"]
     eigenvalues: Float[Array, "k"]
 
+    @functools.partial(jax.jit, static_argnames=("neighbours",))
     def embed(self, rows: Float[ArrayLike, "n d"], *, neighbours: int = 30) -> Float[Array, "n k"]:
         r"""The eigenvectors at these rows.
 
@@ -146,7 +148,8 @@ def nystrom(
     largest = np.abs(vectors).argmax(axis=0)
     vectors *= np.where(vectors[largest, np.arange(dim)] < 0, -1.0, 1.0)
     return Nystrom(
-        *prepared,
+        prepared.center,
+        prepared.scale,
         chosen,
         graph.radius,
         graph.bandwidth,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -16,18 +15,17 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from sotalign_jax.fitted.graph import Prepared, neighbour_graph, prepared_by
+from sotalign_jax.fitted.networks import Layers, apply_layers, drawn_batches, drawn_layers
 from sotalign_jax.fitted.spectral import check_neighbours, drawn, varying_rows
 
 __all__ = ["SpectralNet", "orthonormalizing", "rayleigh", "spectral_net"]
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-# Weights and biases of the layers by number, as what is saved names them.
-Layers = dict[str, dict[str, Array]]
 # More than the rounding of a Gram matrix, which then has a Cholesky decomposition.
 _SHIFT = 2e-6
 _VALIDATION = 0.1
-# Epochs without a lower validation loss, after which the step is cut to a tenth.
-_PATIENCE = 10
+# After 10 epochs without a lower loss on what is held out, the step is cut to a tenth.
+_PLATEAU = optax.contrib.reduce_on_plateau(factor=0.1, patience=10)
 _SMALLEST_STEP = 0.02
 
 
@@ -47,6 +45,7 @@ class SpectralNet(NamedTuple):
     layers: Layers
     rotation: Float[Array, "k k"]
 
+    @jax.jit
     def embed(self, rows: Float[ArrayLike, "n d"]) -> Float[Array, "n k"]:
         """Outputs for these rows, of mean square one over the rows it was fitted on.
 
@@ -129,42 +128,37 @@ def spectral_net(
     if dim > size:
         raise ValueError(f"dim: got {dim}; the {size} rows of a batch cannot have so many outputs")
 
-    start_key, split_key, batch_key = jax.random.split(jax.random.key(seed), 3)
-    order = np.asarray(jax.random.permutation(split_key, len(rows)))
-    prepared = prepared_by(drawn(rows, landmarks, np.random.default_rng(seed)))
-    validation = prepared(jnp.asarray(rows[np.sort(order[:held_out][:size])]))
-    training = prepared(jnp.asarray(rows[np.sort(order[held_out:])]))
-    options = _Options(neighbours, scale_neighbour, size, orthonormal == "constant")
-    layers = _start(start_key, (rows.shape[1], *hidden, dim))
-    optimizer_state = optax.scale_by_adam().init(layers)
-    plateau = optax.contrib.reduce_on_plateau(factor=0.1, patience=_PATIENCE)
-    plateau_state: Any = plateau.init({})
+    rng = np.random.default_rng(seed)
+    some = drawn(rows, landmarks, rng)
+    order = rng.permutation(len(rows))
+    prepared = prepared_by(some)
+    validation = prepared(rows[np.sort(order[:held_out][:size])])
+    training = prepared(rows[np.sort(order[held_out:])])
+    options = _Options(neighbours, scale_neighbour, orthonormal == "constant")
+    layers = drawn_layers(rng, (rows.shape[1], *hidden, dim))
+    state = _State(layers, optax.scale_by_adam().init(layers), _PLATEAU.init({}))
     for epoch in range(epochs):
-        key = jax.random.fold_in(batch_key, epoch)
-        rate = learning_rate * plateau_state.scale
-        layers, optimizer_state, loss, held_out_loss = _epoch(
-            layers, optimizer_state, rate, training, validation, key, options
-        )
+        batches = drawn_batches(rng, [len(training)] * 2, size)
+        state, loss = _epoch(state, training, validation, batches, learning_rate, options)
         if not np.isfinite(loss):
             raise FloatingPointError(
                 f"spectral_net: the loss of epoch {epoch} of {epochs} is {loss}; lower "
                 "learning_rate"
             )
-        # It counts in integers and multiplies them with floats.
-        with jax.numpy_dtype_promotion("standard"):
-            _, plateau_state = plateau.update({}, plateau_state, value=held_out_loss)
         if progress is not None:
             progress(epoch + 1, epochs)
-        if plateau_state.scale < _SMALLEST_STEP:
+        if state.plateau.scale < _SMALLEST_STEP:
             break
+    layers = state.layers
 
-    reference = prepared(jnp.asarray(drawn(rows, landmarks, np.random.default_rng(seed))))
+    reference = prepared(some)
     outputs = np.asarray(_outputs(layers, reference), np.float64)
     weights = np.asarray(
         neighbour_graph(reference, neighbours=neighbours, scale_neighbour=scale_neighbour).weights,
         np.float64,
     )
-    return SpectralNet(*prepared, layers, jnp.asarray(_rotation(outputs, weights), jnp.float32))
+    rotation = jnp.asarray(_rotation(outputs, weights), jnp.float32)
+    return SpectralNet(prepared.center, prepared.scale, layers, rotation)
 
 
 def orthonormalizing(outputs: Float[ArrayLike, "n k"]) -> Float[Array, "k k"]:
@@ -226,19 +220,20 @@ def rayleigh(
 class _Options(NamedTuple):
     neighbours: int
     scale_neighbour: int
-    batch_size: int
     constant: bool
 
 
-@functools.partial(jax.jit, static_argnames=("options",))
-def _epoch(layers, optimizer_state, rate, training, validation, key, options: _Options):
-    """One pass over the training rows, and the loss on the others."""
-    size = options.batch_size
-    steps = training.shape[0] // size
-    optimizer = optax.scale_by_adam()
+class _State(NamedTuple):
+    layers: Layers
+    adam: Any
+    plateau: Any
 
-    def batches(key):
-        return jax.random.permutation(key, training.shape[0])[: steps * size].reshape(steps, size)
+
+@functools.partial(jax.jit, static_argnames=("options",))
+def _epoch(state: _State, training, validation, batches, learning_rate, options: _Options):
+    """One pass over the training rows; the loss on the others says when to take smaller steps."""
+    optimizer = optax.scale_by_adam()
+    rate = learning_rate * state.plateau.scale
 
     def turning(layers, rows):
         turn = orthonormalizing(_outputs(layers, rows))
@@ -251,45 +246,28 @@ def _epoch(layers, optimizer_state, rate, training, validation, key, options: _O
         )
         return rayleigh(embeddings, graph.weights)
 
-    def step(state, chosen):
-        layers, optimizer_state = state
+    def step(carry, chosen):
+        layers, adam = carry
         rows, others = training[chosen[0]], training[chosen[1]]
         loss, gradient = jax.value_and_grad(
             lambda layers: score(layers, rows, turning(layers, others))
         )(layers)
-        updates, optimizer_state = optimizer.update(gradient, optimizer_state)
+        updates, adam = optimizer.update(gradient, adam)
         layers = jax.tree.map(lambda value, update: value - rate * update, layers, updates)
-        return (layers, optimizer_state), loss
+        return (layers, adam), loss
 
-    own_key, other_key = jax.random.split(key)
-    chosen = jnp.stack([batches(own_key), batches(other_key)], axis=1)
-    (layers, optimizer_state), losses = jax.lax.scan(step, (layers, optimizer_state), chosen)
-    held_out = score(layers, validation, turning(layers, training[chosen[-1, 1]]))
-    return layers, optimizer_state, jnp.mean(losses), held_out
-
-
-def _start(key, widths: Sequence[int]) -> Layers:
-    layers = {}
-    for k, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
-        draw = functools.partial(
-            jax.random.uniform, minval=-(inputs**-0.5), maxval=inputs**-0.5, dtype=jnp.float32
-        )
-        weight_key, bias_key = jax.random.split(jax.random.fold_in(key, k))
-        layers[str(k)] = {
-            "weight": draw(weight_key, (inputs, outputs)),
-            "bias": draw(bias_key, (outputs,)),
-        }
-    return layers
+    (layers, adam), losses = jax.lax.scan(step, (state.layers, state.adam), batches)
+    held_out = score(layers, validation, turning(layers, training[batches[-1, 1]]))
+    # It counts in integers and multiplies them with floats.
+    with jax.numpy_dtype_promotion("standard"):
+        _, plateau = _PLATEAU.update({}, state.plateau, value=held_out)
+    return _State(layers, adam, plateau), jnp.mean(losses)
 
 
 def _outputs(layers: Layers, rows):
     # Entries of the order of one, where rows have a length of one.
-    hidden = rows * jnp.sqrt(float(rows.shape[1]))
-    for k in range(len(layers)):
-        layer = layers[str(k)]
-        hidden = jnp.matmul(hidden, layer["weight"], precision=_HIGHEST) + layer["bias"][None, :]
-        hidden = jax.nn.leaky_relu(hidden) if k + 1 < len(layers) else jnp.tanh(hidden)
-    return hidden
+    rows = rows * jnp.sqrt(float(rows.shape[1]))
+    return jnp.tanh(apply_layers(layers, rows, jax.nn.leaky_relu))
 
 
 def _rotation(outputs: np.ndarray, weights: np.ndarray) -> np.ndarray:

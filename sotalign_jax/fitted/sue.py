@@ -177,7 +177,7 @@ class Sue(FittedAligner):
 
     def _embed(self, side: str, rows: Float[Array, "n d"]) -> Float[Array, "n dim"]:
         mean, weight = getattr(self, f"{side}_mean"), getattr(self, f"{side}_weight")
-        spectral = _spectral(getattr(self, side), self.options, rows)
+        spectral = _spectral(getattr(self, side), rows, **_how(self.options))
         scores = jnp.matmul(spectral - mean[None, :], weight)
         return unit_rows(Residual(self.residual)(scores) if side == "image" else scores)
 
@@ -240,14 +240,16 @@ def sue(
     for number, (side, rows) in enumerate(sides.items()):
         stage = None if progress is None else functools.partial(progress, f"embed {side}s")
         try:
-            fit_rows = np.asarray(unit_rows(rows)) if settings.normalize else rows
-            spectral[side] = _fit_spectral(fit_rows, settings, 2 * seed + number, stage)
+            own = _by_chunks(unit_rows, rows) if settings.normalize else rows
+            spectral[side] = _fit_spectral(own, settings, 2 * seed + number, stage)
         except (ValueError, FloatingPointError) as error:
             raise type(error)(f"{side}: {error}") from error
-        embedded[side] = _all_rows(spectral[side], settings, rows)
-    pairs = [embedded[side][: len(image)] for side in ("image", "text")]
+        embedded[side] = _by_chunks(
+            functools.partial(_spectral, spectral[side], **_how(settings)), rows
+        )
     directions = spectral_cca(
-        *pairs,
+        embedded["image"][: len(image)],
+        embedded["text"][: len(text)],
         dim=settings.dim,
         ridge=settings.ridge,
         scaling=settings.scaling,
@@ -398,20 +400,34 @@ def _fit_spectral(rows: np.ndarray, settings: SueOptions, seed: int, progress) -
     return fitted._asdict()
 
 
-@functools.partial(jax.jit, static_argnames=("settings",))
+def _how(settings: SueOptions) -> dict[str, Any]:
+    """What of the options says how rows are embedded: as static as it is little."""
+    return {
+        "network": settings.embedding == "network",
+        "normalize": settings.normalize,
+        "neighbours": settings.neighbours,
+    }
+
+
+@functools.partial(jax.jit, static_argnames=("network", "normalize", "neighbours"))
 def _spectral(
-    arrays: dict[str, Any], settings: SueOptions, raw: Float[Array, "n d"]
+    arrays: dict[str, Any],
+    rows: Float[ArrayLike, "n d"],
+    *,
+    network: bool,
+    normalize: bool,
+    neighbours: int,
 ) -> Float[Array, "n k"]:
     """Raw rows in the spectral embedding that the arrays are of."""
-    rows = unit_rows(raw) if settings.normalize else raw
-    if settings.embedding == "nystrom":
-        return Nystrom(**arrays).embed(rows, neighbours=settings.neighbours)
-    return SpectralNet(**arrays).embed(rows)
+    rows = unit_rows(rows) if normalize else jnp.asarray(rows)
+    if network:
+        return SpectralNet(**arrays).embed(rows)
+    return Nystrom(**arrays).embed(rows, neighbours=neighbours)
 
 
-def _all_rows(arrays: dict[str, Any], settings: SueOptions, rows: np.ndarray) -> np.ndarray:
-    chunks = (rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK))
-    return np.concatenate([np.asarray(_spectral(arrays, settings, chunk)) for chunk in chunks])
+def _by_chunks(function: Callable[[Any], Array], rows: np.ndarray) -> np.ndarray:
+    chunks = [function(rows[start : start + CHUNK]) for start in range(0, len(rows), CHUNK)]
+    return np.concatenate([np.asarray(chunk) for chunk in chunks])
 
 
 def _widths(name: str, value: str) -> tuple[int, ...]:

@@ -19,12 +19,15 @@ from sotalign_jax.fitted import FITTED, csa, fit, load, reads_unpaired
 from sotalign_jax.fitted.base import FittedAligner, Options, fitted_aligner, static_field
 from sotalign_jax.models import Aligner, LayerConfig
 
+SUE = {"spectral_dim": 5, "dim": 3, "neighbours": 9, "scale_neighbour": 5, "mmd_epochs": 1}
 CASES = {
     "csa": ("csa", {"folds": 2}),
     "csa equal": ("csa", {"weights": "equal", "correlations": "in_sample"}),
     "asif": ("asif", {"neighbours": 5}),
     "asif centred": ("asif", {"neighbours": 5, "power": 3, "center": "pairs"}),
     "asif dense": ("asif", {"neighbours": 0, "power": 1, "center": "unpaired"}),
+    "sue": ("sue", SUE),
+    "sue network": ("sue", {**SUE, "embedding": "network", "hidden": "8-5", "epochs": 2}),
 }
 
 
@@ -63,6 +66,30 @@ def test_save_and_load_are_bitwise(case, tmp_path):
     assert "\n" not in document["recipe"]
 
 
+def numpy_sue(t, options, side, x):
+    z = (x - t[f"{side}.center"]) / t[f"{side}.scale"]
+    if options["embedding"] == "nystrom":
+        q = np.square(z[:, None] - t[f"{side}.landmarks"]).sum(axis=2)
+        r = np.sort(q, axis=1)[:, options["neighbours"], None] + 2e-6
+        w = (q <= r) * 1.0 + (q <= t[f"{side}.radius"])
+        w *= np.exp(-q / t[f"{side}.bandwidth"])
+        y = w @ t[f"{side}.vectors"] / w.sum(axis=1, keepdims=True)
+    else:
+        h = z * np.sqrt(z.shape[1])
+        for k in range(3):
+            h = np.where(h > 0, h, 0.01 * h) if k else h
+            h = h @ t[f"{side}.layers.{k}.weight"] + t[f"{side}.layers.{k}.bias"]
+        y = np.tanh(h) @ t[f"{side}.rotation"]
+    u = (y - t[f"{side}_mean"]) @ t[f"{side}_weight"]
+    if side == "text":
+        return u
+    h = u
+    for k in range(3):
+        h = np.maximum(h, 0) if k else h
+        h = h @ t[f"residual.{k}.weight"] + t[f"residual.{k}.bias"]
+    return u + h
+
+
 def numpy_reader(directory, side, raw):
     """Written from the recipes alone."""
     document = json.loads((directory / "aligner.json").read_text())
@@ -77,6 +104,8 @@ def numpy_reader(directory, side, raw):
     if document["kind"] == "csa":
         u = unit((x - t[f"{side}_mean"]) @ t[f"{side}_weight"])
         return u if options["weights"] == "equal" else u * np.sqrt(t["correlations"])
+    if document["kind"] == "sue":
+        return unit(numpy_sue(t, options, side, x))
     if f"{side}_mean" in t:
         x = unit(x - t[f"{side}_mean"])
     s = x @ t[f"{side}_map"]
@@ -146,7 +175,7 @@ def test_fit_calls_the_method_and_hides_what_it_does_not_read():
     with pytest.raises(ValueError, match="unpaired_image: row 0 holds NaN"):
         fit("csa", *train, broken, train[1], options={"center": "unpaired"})
     for call in (lambda: fit("cas", *train), lambda: reads_unpaired("cas")):
-        with pytest.raises(ValueError, match="name: got 'cas'; must be one of asif, csa"):
+        with pytest.raises(ValueError, match="name: got 'cas'; must be one of asif, csa, sue"):
             call()
     with pytest.raises(ValueError, match="fold: no such option; known are dim"):
         reads_unpaired("csa", {"fold": 2})
@@ -229,7 +258,7 @@ DROP = object()
     ("fields", "message"),
     [
         ({"version": 2}, "format version 2; this package reads 1"),
-        ({"kind": "sea"}, "kind 'sea' is unknown; known are asif, csa"),
+        ({"kind": "sea"}, "kind 'sea' is unknown; known are asif, csa, sue"),
         ({"kind": DROP}, "kind None is unknown"),
         ({"kind": "asif"}, "neighbours|no such option"),
         ({"options": DROP}, "field 'options' is missing"),
