@@ -21,7 +21,8 @@ __all__ = [
 ]
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-# Squared distances of rows whose mean square is 1 are no more exact than this in float32.
+# Squared distances of rows whose mean square is 1 are no more exact than this in float32, and those
+# of rows far out by as much times their size.
 _ROUNDING = 2e-6
 
 
@@ -103,7 +104,7 @@ def neighbour_graph(
     count = min(neighbours, rows.shape[0] - 1) + 1
     squares = squared_distances(rows, rows)
     nearest = _nearest(squares, count)
-    radius = nearest[:, -1] + _ROUNDING
+    radius = _beyond(nearest[:, -1])
     bandwidth = jnp.median(nearest[:, min(scale_neighbour, count) - 1])
     # Copies of a row have no distance but its rounding.
     bandwidth = jnp.maximum(bandwidth, 10 * _ROUNDING)[None]
@@ -115,7 +116,7 @@ def neighbour_graph(
 
 def last_neighbour(squares: Float[Array, "n m"], neighbours: int) -> Float[Array, "n"]:
     """The ``radius`` that a graph of the second rows gives the first, from squared distances."""
-    return _nearest(squares, neighbours + 1)[:, -1] + _ROUNDING
+    return _beyond(_nearest(squares, neighbours + 1)[:, -1])
 
 
 def log_weights(
@@ -144,6 +145,11 @@ def squared_distances(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[A
     """``|x_i - y_j|^2`` by one product; exact to rounding of the squared lengths."""
     lengths = jnp.sum(x * x, axis=1)[:, None] + jnp.sum(y * y, axis=1)[None, :]
     return jnp.maximum(lengths - 2.0 * jnp.matmul(x, y.T, precision=_HIGHEST), 0.0)
+
+
+def _beyond(squares):
+    """A little further, so that rounding does not decide whether the last neighbour is one."""
+    return squares + _ROUNDING * (1.0 + squares)
 
 
 def _nearest(squares, count: int):

@@ -156,7 +156,8 @@ class Sue(FittedAligner):
         if self.options.embedding == "nystrom":
             steps += [
                 "q_j = |z - {side}.landmarks_j|^2",
-                f"r = q of the {self.options.neighbours + 1}-th nearest landmark + 2e-6",
+                f"p = q of the {self.options.neighbours + 1}-th nearest landmark",
+                "r = p + 2e-6 (1 + p)",
                 "w_j = ([q_j <= r] + [q_j <= {side}.radius_j]) exp(-q_j / {side}.bandwidth)",
                 "y = sum_j w_j {side}.vectors_j / sum_j w_j",
             ]

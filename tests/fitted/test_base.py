@@ -70,7 +70,8 @@ def numpy_sue(t, options, side, x):
     z = (x - t[f"{side}.center"]) / t[f"{side}.scale"]
     if options["embedding"] == "nystrom":
         q = np.square(z[:, None] - t[f"{side}.landmarks"]).sum(axis=2)
-        r = np.sort(q, axis=1)[:, options["neighbours"], None] + 2e-6
+        r = np.sort(q, axis=1)[:, options["neighbours"], None]
+        r = r + 2e-6 * (1 + r)
         w = (q <= r) * 1.0 + (q <= t[f"{side}.radius"])
         w *= np.exp(-q / t[f"{side}.bandwidth"])
         y = w @ t[f"{side}.vectors"] / w.sum(axis=1, keepdims=True)
