@@ -131,7 +131,9 @@ def test_every_objective_and_its_options_are_documented():
         assert f"| `{name}`" in text and f"\n## {name}\n" in text, name
         if objective.options is not None:
             section = text.split(f"\n## {name}\n")[1].split("\n## ")[0]
+            # Options that differ in the side alone may share a row of the table.
+            rows = " ".join(re.findall(r"^\| ([^|]*) \|", section, re.MULTILINE))
             for field in dataclasses.fields(objective.options):
-                assert f"\n| `{field.name}` |" in section, f"{name}.{field.name}"
+                assert f"`{field.name}`" in rows, f"{name}.{field.name}"
     for name in DIVERGENCES:
         assert f"\n| `{name}` |" in text, name
