@@ -50,9 +50,10 @@ class Point:
             return "failed"
         return "started" if (self.path / "config.json").exists() else "waiting"
 
-    def value(self, axis: str) -> Any:
-        """A label, or a field; None of what is not known."""
-        return self.given[axis] if axis in self.given else self.config.get(axis)
+    @property
+    def seed(self) -> Any:
+        """Its seed; None of a run that has not started and was given none."""
+        return self.given[SEED] if SEED in self.given else self.config.get(SEED)
 
     def scores(self, split: str) -> Scores | None:
         """Its retrieval on the test or on the validation pairs."""
@@ -65,7 +66,7 @@ class Group:
     """Runs that differ in the seed alone.
 
     Attributes:
-        values: of the axes of `Points`, in their order.
+        values: of the axes of `Points`, in their order; None of what these runs were not given.
         seeds: retrieval by seed, of those that are finished.
         val: the same on validation.
         teacher: retrieval of the teachers of these runs, on the pairs of ``seeds``.
@@ -118,7 +119,7 @@ class Points:
         """Points that differ in the seed alone, together."""
         members: dict[tuple[str, ...], list[Point]] = {}
         for point in self.points:
-            key = tuple(repr(point.value(axis)) for axis in self.axes)
+            key = tuple(repr(point.given.get(axis)) for axis in self.axes)
             members.setdefault(key, []).append(point)
         return list(members.values())
 
@@ -127,15 +128,15 @@ class Points:
         groups = []
         for some in self.alike():
             found = (
-                {p.value(SEED): s for p in some if (s := p.scores(split)) is not None}
+                {p.seed: s for p in some if (s := p.scores(split)) is not None}
                 for split in (self.split, "val", f"teacher_{self.split}")
             )
-            wanted = len({p.value(SEED) for p in some})
-            groups.append(Group(tuple(some[0].value(a) for a in self.axes), *found, wanted=wanted))
+            values = tuple(some[0].given.get(axis) for axis in self.axes)
+            groups.append(Group(values, *found, wanted=len({p.seed for p in some})))
         shared = None if self.more else common_teacher(groups)
         if shared:
             values = ("teacher", *[None] * (len(self.axes) - 1))
-            wanted = len({p.value(SEED) for p in self.points})
+            wanted = len({p.seed for p in self.points})
             groups.insert(0, Group(values, shared, {}, {}, wanted))
         return [*self.more, *groups]
 
@@ -276,10 +277,10 @@ def _object(path: Path) -> Mapping[str, Any]:
 def _axes(points: Sequence[Point]) -> tuple[str, ...]:
     """Labels, and those of the varying fields that tell more apart than labels and numbers do."""
     names = [n for n in dict.fromkeys(name for p in points for name in p.given) if n != SEED]
-    axes = [n for n in names if len({repr(p.value(n)) for p in points}) > 1]
+    axes = [n for n in names if len({repr(p.given.get(n)) for p in points}) > 1]
 
     def groups(some: Sequence[str]) -> int:
-        return len({tuple(repr(p.value(axis)) for axis in some) for p in points})
+        return len({tuple(repr(p.given.get(axis)) for axis in some) for p in points})
 
     # Numbers are kept before names of things: they are what curves are drawn against.
     fields = [a for a in axes if not a.startswith(LABEL)]
@@ -292,6 +293,5 @@ def _axes(points: Sequence[Point]) -> tuple[str, ...]:
 
 def is_numeric(points: Sequence[Point], axis: str) -> bool:
     """Whether an axis holds numbers, and more than one of them."""
-    values = {p.value(axis) for p in points if isinstance(p.value(axis), int | float | bool)}
-    known = all(isinstance(p.value(axis), int | float | None) for p in points)
-    return known and not any(isinstance(v, bool) for v in values) and len(values) > 1
+    values = [p.given[axis] for p in points if axis in p.given]
+    return all(type(value) in (int, float) for value in values) and len(set(values)) > 1

@@ -71,7 +71,7 @@ def _header(points: Points) -> Markup:
     if failed:
         text += f", {failed} failed"
     done = "done" if finished == len(states) else "open"
-    seeds = {point.value(SEED) for point in points.points}
+    seeds = {point.seed for point in points.points}
     about = f"{points.kind}: {len(states)} runs"
     if len(seeds) > 1:
         about += f", {len(seeds)} seeds"
@@ -249,10 +249,10 @@ def _lines(
     def by(keep: Sequence[int]) -> dict[str, dict[Any, Group]]:
         lines: dict[str, dict[Any, Group]] = {}
         for group in groups:
-            x = group.values[place] if place < len(group.values) else None
+            x = group.values[place]
             if not isinstance(x, int | float):
-                continue
-            name = ", ".join(show_value(group.values[i]) for i in keep)
+                continue  # was not given this field, as a teacher
+            name = ", ".join(show_value(v) for i in keep if (v := group.values[i]) is not None)
             line = lines.setdefault(name, {})
             if x not in line or _on_validation(group) > _on_validation(line[x]):
                 line[x] = group
@@ -376,7 +376,7 @@ def _point_table(points: Points) -> Markup:
         scores = point.scores(split) or {}
         results = point.results or {}
         recalls = [f"{100 * scores[m]:.1f}" if m in scores else "" for m in _DRAWN]
-        values = [point.value(axis) for axis in (*points.axes, SEED)]
+        values = [*map(point.given.get, points.axes), point.seed]
         return [
             tag("a", str(number), href=f"#{_anchor(first)}"),
             *(show_value(value) if value is not None else "" for value in values),
@@ -417,12 +417,12 @@ def _details(points: Points) -> Iterator[Markup]:
 def _card(points: Points, members: Sequence[Point], shared: Mapping[str, Any]) -> Markup:
     # One that has started knows all its fields.
     point = max(members, key=lambda point: len(point.config))
-    title = [show_value(v) for axis in points.axes if (v := point.value(axis)) is not None]
+    title = [show_value(v) for axis in points.axes if (v := point.given.get(axis)) is not None]
     fields = {name: v for name, v in point.given.items() if not name.startswith(LABEL)}
     own = {n: v for n, v in {**fields, **point.config}.items() if n not in (*shared, SEED)}
     rows = [(tag("code", name), show_value(value)) for name, value in own.items()]
     failures = [
-        tag("p", f"seed {show_value(one.value(SEED))} failed: {one.failure}", class_="down")
+        tag("p", f"seed {show_value(one.seed)} failed: {one.failure}", class_="down")
         for one in members
         if one.failure and one.results is None
     ]

@@ -4,11 +4,13 @@ import json
 import re
 
 import pytest
+import tiny_sweep
 from report_runs import Page, emoji_config, scores, write_comparison, write_run, write_sweep
 
 from sotalign_jax.reports import write_report
 from sotalign_jax.reports.points import read_points
 from sotalign_jax.reports.sweep_page import _teachers
+from sotalign_jax.sweeps.points import SweepDir, load_sweep
 
 
 def page_of(path, tmp_path):
@@ -117,6 +119,28 @@ def swept(tmp_path_factory):
     return path, page_of(path, home), home / "page.html"
 
 
+def test_the_record_of_a_sweep_is_read_as_it_is_written(tmp_path):
+    sweep = load_sweep(tiny_sweep.__file__)
+    home = SweepDir(tmp_path)
+    home.start(sweep)
+    failure = {"message": "the loss is not finite"}
+    home.failure(sweep.points[1].key).write_text(json.dumps(failure))
+    points = read_points(tmp_path)
+    assert points is not None and points.name == sweep.name
+    assert [point.path for point in points.points] == [home.run(p.key) for p in sweep.points]
+    assert [point.state for point in points.points] == [home.state(p.key) for p in sweep.points]
+    labels = [{f"label.{n}": value for n, value in p.labels.items()} for p in sweep.points]
+    assert [p.given for p in points.points] == [
+        label | p.fields for label, p in zip(labels, sweep.points, strict=True)
+    ]
+    # The steps are told by the method.
+    assert points.axes == ("label.method", "optimizer.learning_rate")
+    assert [group.title for group in points.groups()] == ["slow", "fast, 0.001", "fast, 0.01"]
+    assert [group.wanted for group in points.groups()] == [2, 2, 2]
+    page = page_of(tmp_path, tmp_path)
+    assert "0 of 6 runs finished, 1 failed" in page.text
+
+
 def test_a_sweep_is_grouped_by_labels_and_numbers(swept):
     _, page, _ = swept
     heads, teacher, *rows = table_of(page, "seeds")
@@ -160,6 +184,13 @@ def test_every_point_leads_to_what_differs_in_it(swept):
     assert own == {"objective", "data.n_pairs"}
     shared = next(table for table in page.tables if ["teacher.dim", "16"] in table)
     assert not {row[0] for row in shared} & (own | {"seed"})
+
+
+def test_values_of_any_kind_tell_points_apart(tmp_path):
+    values = [1, 2.5, True, None, "<b>", [1, 2], {"a": 1}]
+    page = page_of(write_sweep(tmp_path, [({}, {"new": v}, None) for v in values]), tmp_path)
+    shown = [row[1] for row in table_of(page, "directory")[1:]]
+    assert shown == ["1", "2.5", "True", "", "<b>", "(1, 2)", "{'a': 1}"]
 
 
 def test_teachers_that_differ_are_a_line_where_there_is_one_at_each_number(tmp_path):
