@@ -45,7 +45,7 @@ def get_hyper(hyper, arg=None):
         hyper.fixed({"teacher.name": "contrastive", "teacher.dim": dim, "teacher.weighted": False}),
     )
     # Divergences differ in scale: nats of a plan, nats of a row, one less a cosine.
-    alphas = {name: (0.01, 0.1) if local else (1e-3, 1e-4, 1e-5) for name in _DIVERGENCES}
+    alphas = {name: (1e-3, 1e-2, 1e-1) if local else (1e-3, 1e-4, 1e-5) for name in _DIVERGENCES}
     divergences = [
         hyper.product(hyper.fixed("loss.divergence", name), hyper.sweep("loss.alpha", alphas[name]))
         for name in _DIVERGENCES

@@ -77,7 +77,7 @@ def get_hyper(hyper, arg=None):
         hyper.sweep("sclip.space", ("unimodal",) if local else ("unimodal", "joint")),
         weights_of("sclip"),
     ]
-    alphas = (0.01, 0.03, 0.1) if local else (1e-3, 1e-4, 1e-5)
+    alphas = (1e-3, 3e-3, 1e-2, 3e-2) if local else (1e-3, 1e-4, 1e-5)
     many = {"data.n_pairs": 799} if local else {"data.n_pairs": 1_000_000, "data.n_unpaired": 1_000}
     return hyper.product(
         hyper.chain(
