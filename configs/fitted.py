@@ -3,7 +3,7 @@
 sotalign compare --config=configs/fitted.py --workdir=runs/fitted
 sotalign train   --config=configs/fitted.py --workdir=runs/csa
 
-Some minutes on two cores. docs/fitted.md has the table.
+Minutes on two cores. docs/fitted.md has the table.
 """
 
 from sotalign_jax.config import default_config
@@ -16,7 +16,7 @@ def get_config(arg=None):
     config.data.n_pairs = 300
     config.aligner = "csa"
 
-    # Nothing of these was chosen on emoji: defaults, and what the published code does.
+    # Defaults, and what the published code does: nothing is chosen here.
     config.compare.seeds = (0, 1, 2, 3, 4)
     config.compare.teacher = "cca"
     config.compare.methods = {

@@ -256,10 +256,8 @@ def tell(name: str, what: str, message: str, status: int) -> int:
 def load_aligner(workdir: str) -> Aligner | FittedAligner:
     """The aligner of a run, of a fitted teacher, or saved in the directory itself."""
     for directory in (Path(workdir) / "aligner", Path(workdir)):
-        if (file := directory / "aligner.json").exists():
-            document = read_json(file)
-            of_layers = not isinstance(document, dict) or document.get("format") != fitted.FORMAT
-            return Aligner.load(directory) if of_layers else fitted.load(directory)
+        if (directory / "aligner.json").exists():
+            return fitted.load_aligner(directory)
     raise ValueError(f"workdir: {workdir} holds no aligner; train one with `sotalign train`")
 
 

@@ -61,6 +61,7 @@ def retrieval_examples(
     *,
     text_to_image: Int[ArrayLike, "k"] | None = None,
     direction: str = "t2i",
+    normalize: bool = True,
     count: int = 6,
     shown: int = 5,
 ) -> tuple[Examples, Examples]:
@@ -74,6 +75,7 @@ def retrieval_examples(
         text: ``(m, d)`` text embeddings.
         text_to_image: as for `retrieval_metrics`.
         direction: queries are the texts ("t2i") or the images ("i2t").
+        normalize: as for `retrieval_metrics`; cosines below are inner products without it.
         count: queries of each kind; where there are fewer than twice as many, no query is both.
         shown: candidates of each query.
 
@@ -86,14 +88,14 @@ def retrieval_examples(
     for name, value in (("count", count), ("shown", shown)):
         if value < 1:
             raise ValueError(f"{name}: must be at least 1, got {value}")
-    queries, gallery = _sides(image, text, text_to_image, direction)
+    queries, gallery = _sides(image, text, text_to_image, direction, normalize)
     ranking = _ranked(queries, gallery)
     order = np.lexsort((-ranking.margin, ranking.rank))
     best = order[: min(count, -(-len(order) // 2))]
     worst = order[::-1][: min(count, len(order) - len(best))]
 
     def examples(rows: np.ndarray) -> Examples:
-        scores = _cosines(queries.rows[rows], gallery.rows)
+        scores = _products(queries.rows[rows], gallery.rows)
         true = queries.image[rows][:, None] == gallery.image[None, :]
         score, found = jax.lax.top_k(scores, min(shown, scores.shape[1]))
         own_scores = jnp.where(true, scores, -jnp.inf)
@@ -116,6 +118,7 @@ def rank_queries(
     *,
     text_to_image: Int[ArrayLike, "k"] | None = None,
     direction: str = "t2i",
+    normalize: bool = True,
 ) -> Ranking:
     """Rank and margin of every query.
 
@@ -124,6 +127,7 @@ def rank_queries(
         text: ``(m, d)`` text embeddings.
         text_to_image: as for `retrieval_metrics`.
         direction: as for `retrieval_examples`.
+        normalize: as for `retrieval_examples`.
 
     Returns:
         Of the texts ("t2i") or of the images ("i2t").
@@ -131,7 +135,7 @@ def rank_queries(
     Raises:
         ValueError: as `retrieval_metrics`, or another ``direction``.
     """
-    return _ranked(*_sides(image, text, text_to_image, direction))
+    return _ranked(*_sides(image, text, text_to_image, direction, normalize))
 
 
 class _Side(NamedTuple):
@@ -139,18 +143,21 @@ class _Side(NamedTuple):
     image: np.ndarray  # that each row belongs to
 
 
-def _sides(image, text, text_to_image, direction: str) -> tuple[_Side, _Side]:
+def _sides(image, text, text_to_image, direction: str, normalize: bool) -> tuple[_Side, _Side]:
     """Queries and gallery."""
     if direction not in ("t2i", "i2t"):
         raise ValueError(f"direction: must be 't2i' or 'i2t', got {direction!r}")
     owner = text_owners(image, text, text_to_image).astype(np.int32)
-    image, text = unit_rows(image), unit_rows(text)
+    image, text = (
+        unit_rows(rows) if normalize else jnp.asarray(rows).astype(jnp.float32)
+        for rows in (image, text)
+    )
     images = _Side(image, np.arange(len(image), dtype=np.int32))
     texts = _Side(text, owner)
     return (texts, images) if direction == "t2i" else (images, texts)
 
 
-def _cosines(queries: jax.Array, gallery: jax.Array) -> jax.Array:
+def _products(queries: jax.Array, gallery: jax.Array) -> jax.Array:
     return jnp.matmul(queries, gallery.T, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -178,7 +185,7 @@ def _ranks_of_chunk(
     gallery_image: Int[np.ndarray | Array, " g"],
 ) -> tuple[Int[Array, " c"], Float[Array, " c"]]:
     """Twice the number of wrong candidates above the best true one, ties half; and the margin."""
-    scores = _cosines(queries, gallery)
+    scores = _products(queries, gallery)
     true = query_image[:, None] == gallery_image[None, :]
     own = jnp.max(jnp.where(true, scores, -jnp.inf), axis=1, keepdims=True)
     points = 2 * (scores > own).astype(jnp.int32) + (scores == own).astype(jnp.int32)

@@ -18,7 +18,8 @@ from sotalign_jax.fitted.base import (
 )
 from sotalign_jax.fitted.csa import CSA, Csa, CsaOptions, csa
 from sotalign_jax.fitted.sue import SUE, Sue, SueOptions, sue
-from sotalign_jax.models.saved import CONFIG_FILE, read_document, saved_path
+from sotalign_jax.models import Aligner
+from sotalign_jax.models.saved import CONFIG_FILE, read_document, saved_format, saved_path
 
 __all__ = [
     "FITTED",
@@ -36,6 +37,7 @@ __all__ = [
     "csa",
     "fit",
     "load",
+    "load_aligner",
     "reads_unpaired",
     "sue",
 ]
@@ -116,6 +118,21 @@ def load(directory: str | os.PathLike) -> FittedAligner:
             f"{path / CONFIG_FILE}: kind {kind!r} is unknown; known are {', '.join(FITTED)}"
         )
     return FITTED[kind].aligner.from_saved(path, document, FITTED[kind].options)
+
+
+def load_aligner(directory: str | os.PathLike) -> Aligner | FittedAligner:
+    """An aligner of layers, or a fitted one: whichever was saved.
+
+    Args:
+        directory: the aligner's directory.
+
+    Returns:
+        The aligner, bit for bit.
+
+    Raises:
+        ValueError: as `load` and `sotalign_jax.models.Aligner.load`.
+    """
+    return load(directory) if saved_format(directory) == FORMAT else Aligner.load(directory)
 
 
 def _method(name: str) -> Method:

@@ -20,6 +20,7 @@ __all__ = [
     "json_metadata",
     "read_document",
     "read_tensors",
+    "saved_format",
     "saved_path",
     "write_model",
 ]
@@ -83,6 +84,15 @@ def saved_path(directory: str | os.PathLike) -> Path:
     """Where the model of a directory is: there, or aside if a process died while replacing it."""
     path = Path(directory).resolve()
     return _previous(path) if not path.exists() and _previous(path).exists() else path
+
+
+def saved_format(directory: str | os.PathLike) -> str | None:
+    """The format that the model of a directory says it has; None where it does not say so."""
+    try:
+        document = json.loads((saved_path(directory) / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # reading it will tell
+    return document.get("format") if isinstance(document, dict) else None
 
 
 def read_document(path: Path, form: str, versions: Collection[int]) -> dict[str, Any]:

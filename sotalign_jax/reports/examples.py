@@ -9,6 +9,7 @@ import numpy as np
 from sotalign_jax import training
 from sotalign_jax.config import validate
 from sotalign_jax.evaluation import Examples, retrieval_examples
+from sotalign_jax.fitted import load_aligner
 from sotalign_jax.models import Aligner
 from sotalign_jax.reports.markup import Markup, tag
 from sotalign_jax.reports.rows import View, view_rows
@@ -41,7 +42,7 @@ def examples_of(run: Run) -> tuple[list[Markup], list[str]]:
         split, pairs = "val", training.load_splits(config).val
     if pairs is None:
         raise ValueError("the data has neither test nor validation pairs")
-    aligner = Aligner.load(directory)
+    aligner = load_aligner(directory)
     image, text = (
         training.embed_rows(aligner, side, table)
         for side, table in (("image", pairs.image), ("text", pairs.text))
@@ -52,6 +53,7 @@ def examples_of(run: Run) -> tuple[list[Markup], list[str]]:
             text,
             text_to_image=pairs.text_to_image,
             direction=direction,
+            normalize=isinstance(aligner, Aligner),
             count=_COUNT,
             shown=_SHOWN,
         )
@@ -75,7 +77,7 @@ def examples_of(run: Run) -> tuple[list[Markup], list[str]]:
             "p",
             f"Of the {len(pairs.image):,} images and {len(pairs.text):,} texts of the {split} "
             "pairs. The best queries are those whose partner stands clearest above all others, the "
-            "worst those whose partner comes last. Framed: the partner. Numbers are cosines.",
+            "worst those whose partner comes last. Framed: the partner. Numbers are similarities.",
             class_="note",
         )
     ]

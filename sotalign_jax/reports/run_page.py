@@ -44,8 +44,10 @@ def run_page(run: Run) -> tuple[str, list[str]]:
 def _header(run: Run) -> Markup:
     config, results = flatten(run.config), run.results or {}
     done = "done" if run.results is not None else "open"
+    trained = config.get("aligner", "layers") == "layers"
+    start = f"{config.get('objective', '?')} from a {config.get('model.init', '?')} start"
     about = [
-        f"{config.get('objective', '?')} from a {config.get('model.init', '?')} start",
+        start if trained else f"{config['aligner']}, fitted in one go",
         f"{config.get('data.name', '?')} data",
         f"{results.get('pairs', config.get('data.n_pairs', '?')):,} pairs",
         f"seed {config.get('seed', '?')}",
@@ -60,7 +62,7 @@ def _header(run: Run) -> Markup:
                 beside = f" teacher {100 * teacher[metric]:.1f}" if metric in teacher else None
                 title = f"mean R@{k}, {held_out}, %"
                 tiles.append(_tile(title, f"{100 * scores[metric]:.1f}", beside))
-    if "selected_step" in results:
+    if "selected_step" in results and trained:
         steps = config.get("steps")
         beside = None if results["selected_step"] == steps else f" of {steps}"
         tiles.append(_tile("selected step", f"{results['selected_step']:,}", beside))

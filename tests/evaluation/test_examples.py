@@ -44,6 +44,20 @@ def test_ranks_and_margins_are_those_of_float64(direction, captions, monkeypatch
     assert metrics[f"{direction}/median_rank"] == np.median(found.rank)
 
 
+def test_inner_products_rank_by_length_as_well():
+    image, text, owner = world()
+    image *= np.geomspace(0.2, 5, 40, dtype=np.float32)[:, None]
+    found = rank_queries(image, text, text_to_image=owner, normalize=False)
+    scores = text.astype(np.float64) @ image.astype(np.float64).T
+    own = scores[np.arange(40), owner]
+    np.testing.assert_array_equal(found.rank, 1 + (scores > own[:, None]).sum(1))
+    metrics = retrieval_metrics(image, text, text_to_image=owner, normalize=False)
+    assert metrics["t2i/recall@5"] == pytest.approx(np.mean(found.rank <= 5))
+    assert (found.rank != rank_queries(image, text, text_to_image=owner).rank).any()
+    best, _ = retrieval_examples(image, text, text_to_image=owner, normalize=False, count=1)
+    np.testing.assert_allclose(best.score[0], np.sort(scores[best.query[0]])[::-1][:5], rtol=1e-5)
+
+
 @pytest.mark.parametrize("direction", ["t2i", "i2t"])
 def test_the_best_stand_clearest_and_the_worst_come_last(direction):
     image, text, owner = world(captions=2)

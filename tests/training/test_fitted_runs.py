@@ -15,6 +15,7 @@ from tiny_runs import CONFIG_FILE, results, tensors, tiny
 from sotalign_jax import commands
 from sotalign_jax.config import ConfigError, validate
 from sotalign_jax.fitted import FITTED, asif, csa, load
+from sotalign_jax.reports import write_report
 from sotalign_jax.training import (
     data,
     evaluate,
@@ -77,6 +78,14 @@ def test_the_saved_aligner_gives_the_results(emoji):
     log = Console(file=io.StringIO(), width=250)
     commands.inspect([str(workdir)], console=log)
     assert "csa, {" in log.file.getvalue() and '"in_sample"' in log.file.getvalue()
+
+
+def test_the_page_of_a_run_shows_its_queries(emoji, tmp_path):
+    _, workdir, _, _ = emoji
+    written, problems = write_report(str(workdir), str(tmp_path / "page.html"))
+    page = written.read_text(encoding="utf-8")
+    assert "csa, fitted in one go" in page and "Numbers are similarities" in page
+    assert "selected step" not in page and not problems
 
 
 def test_the_aligner_is_the_fit_of_the_pairs(tmp_path):
