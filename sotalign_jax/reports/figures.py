@@ -79,7 +79,9 @@ def figure(
 
     file = io.BytesIO()
     style: Any = _STYLE | {"svg.hashsalt": name}
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # whatever the user has set for figures of their own
+        matplotlib.rcParams.update(style)
         canvas = Figure(figsize=size, layout="constrained")
         draw(canvas.add_subplot())
         canvas.savefig(file, format="svg", metadata={"Date": None, "Creator": None})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -14,6 +16,7 @@ from sotalign_jax.transport.streamed import StreamedAffinity, over_blocks
 __all__ = ["perplexity", "row_entropy"]
 
 
+@jax.jit
 def row_entropy(
     plan: Plan, affinity: Float[ArrayLike, "k m"] | StreamedAffinity
 ) -> Float[Array, " k"]:
@@ -51,6 +54,7 @@ def row_entropy(
     return over_blocks(one, (), affinity.image, affinity.block)[1]
 
 
+@functools.partial(jax.jit, static_argnames=("axis_name",))
 def perplexity(
     plan: Plan,
     affinity: Float[ArrayLike, "k m"] | StreamedAffinity,

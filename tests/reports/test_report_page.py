@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 
+import matplotlib
 import pytest
 from report_runs import METRICS, Page, emoji_config, record, snapshot, write_run
 
@@ -282,7 +283,9 @@ def test_a_figure_has_the_colours_of_the_page_and_ids_of_its_own():
     assert not re.search("#0[0-9a-f]{5}", one) and "<style" not in one and "font-family" not in one
     ids = [{a["id"] for _, a in Page(f).tags if "id" in a} for f in (one, other)]
     assert ids[0] and not ids[0] & ids[1]
-    assert figure("one", draw, title="A <title>") == one
+    with matplotlib.rc_context({"font.size": 30, "lines.linewidth": 9, "text.color": "red"}):
+        assert figure("one", draw, title="A <title>") == one
+        assert matplotlib.rcParams["font.size"] == 30
 
 
 def test_a_metric_that_nobody_knows_has_a_figure_and_a_single_point_has_none(tmp_path):

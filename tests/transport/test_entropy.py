@@ -44,7 +44,7 @@ def test_entropy_of_the_plan_in_float64(epsilon):
     np.testing.assert_allclose(found, truth, atol=2e-6 / epsilon**0.5)
     # The row potentials drop out: single rows have the entropy that they have among all.
     np.testing.assert_allclose(row_entropy(plan, affinity[3:5].astype(np.float32)), found[3:5])
-    for block in (1, 7, N, 64):
+    for block in (1, 7, N, 64) if epsilon == 0.05 else (7,):
         streamed = StreamedAffinity(jnp.asarray(image), jnp.asarray(text), block)
         np.testing.assert_allclose(row_entropy(plan, streamed), found, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(
