@@ -173,7 +173,7 @@ def run_key(config: Config) -> str:
     Fields that do not change what comes of a run (``compare``, ``metrics``, ``mesh``) do not count,
     nor do those that have their default: a later version with further fields knows its runs again.
     """
-    defaults = flatten(default_config())
+    defaults = _defaults()
     fields = {
         name: value
         for name, value in flatten(config).items()
@@ -181,6 +181,11 @@ def run_key(config: Config) -> str:
     }
     text = json.dumps(fields, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@functools.cache
+def _defaults() -> Fields:
+    return flatten(default_config())
 
 
 class SweepDir:
