@@ -140,12 +140,12 @@ def train_in(
 
     # ---- resume
     record = Record(config, home, inputs, setup, rest)
-    state = record.restore(state)
     if not quiet:
         _announce(console, config, splits, setup, teacher, resident, record.start)
 
     # ---- train loop
     try:
+        state = record.restore(state)
         record.open(console, quiet=quiet)
         dispatches = (
             _dispatch_resident(setup, state, fixed, tables, key, record.start, config)

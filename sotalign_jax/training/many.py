@@ -103,7 +103,8 @@ def train_many(
     Numbers differ from those of separate runs by the rounding of products that are formed in
     another order. Where there are several devices, runs are spread over them, and each run is
     computed by one. Runs whose rows are streamed from the host, and runs of several processes, are
-    trained one after another. Runs on equal ``inputs`` (the same object) share the rows in memory.
+    trained one after another. Runs that are all on the same ``inputs`` (one object) share the rows
+    in memory; of others each has its own, as many at a time as ``data.resident_gib`` takes.
 
     Args:
         configs: of the runs.
@@ -164,11 +165,17 @@ def train_many(
                 given = cache.get(config) if inputs is None else inputs[n]
                 if config.aligner == "layers":
                     opened.append(_Run(n, config, home, given, said, near))
+                    stack.callback(opened[-1].record.close)
                 else:
                     fitted.append((n, config, home, given))
             for n, config, home, given in fitted:  # no steps to take together
+                if watch.agreed(0):
+                    raise Preempted(0)
                 began = time.perf_counter()
-                done(n, train_in(config, home, console, quiet, given, watch, began))
+                alone = functools.partial(
+                    train_in, config, home, console, quiet, given, watch, began
+                )
+                done(n, _or_error(alone))
             for group in _groups(opened):
                 _train_group(group, console, quiet, watch, done)
     return [outcome[number] for number in range(len(configs))]
@@ -203,6 +210,8 @@ class _Run:
             config, inputs.splits, self.setup, self.state, self.rest, console=console, cache=near
         )
         self.record = Record(config, home, inputs, self.setup, self.rest)
+        # On the host until its turn comes.
+        self.state = jax.device_get(self.state)
 
     @property
     def kind(self) -> Any:
@@ -212,7 +221,7 @@ class _Run:
         config = self.config
         rhythm = (config.steps, config.log_every, self.record.start)
         rows = tuple(None if table is None else len(table) for table in self.tables)
-        return tree, shapes, rows, rhythm
+        return tree, shapes, rows, rhythm, config.data.resident, config.data.resident_gib
 
     @property
     def bytes(self) -> int:
@@ -231,14 +240,18 @@ def _groups(runs: Sequence[_Run]) -> list[list[_Run]]:
     for group in alike.values():
         data = group[0].config.data
         most = data.resident_gib * 2**30 / max(run.bytes for run in group)
-        share = jax.local_device_count()  # each device has the rows of its own runs
-        limit = len(group) if data.resident == "always" else max(int(most), 1) * share
+        limit = len(group) if data.resident == "always" else max(int(most), 1)
         by_rows: dict[int, list[_Run]] = {}
         for run in group:
             by_rows.setdefault(id(run.inputs), []).append(run)
-        sources = list(by_rows.values())
-        for first in range(0, len(sources), limit):
-            groups.append([run for source in sources[first : first + limit] for run in source])
+        # Rows stand once for runs that are all on the same, else once for each run.
+        packed: list[list[_Run]] = []
+        for source in by_rows.values():
+            if packed and len(packed[-1]) + len(source) <= limit:
+                packed[-1] = packed[-1] + source
+            else:
+                packed.append(source)
+        groups += packed
     return groups
 
 
@@ -295,7 +308,10 @@ def _train_group(
     scores = {key: evaluate_teacher(inputs) for key, inputs in teachers.items()}
     for i, run in enumerate(runs):
         if i not in failed:
-            done(run.number, run.record.finish(group.state(i), scores[id(run.inputs)], began))
+            results = run.record.finish(
+                group.state(i), scores[id(run.inputs)], began, together=len(runs)
+            )
+            done(run.number, results)
 
 
 def _mean(metrics: dict[str, np.ndarray], failed: set[int]) -> dict[str, float]:
@@ -313,6 +329,7 @@ class _Group:
     """
 
     def __init__(self, runs: list[_Run]):
+        self._runs = len(runs)
         devices = min(len(runs), jax.local_device_count())
         # Runs are shared out evenly: the last is repeated where their number is no multiple.
         each = -(-len(runs) // devices)
@@ -329,7 +346,7 @@ class _Group:
         self._tree = jax.tree.structure(constants[0])
         axes, leaves = zip(*(_stacked(column) for column in zip(*flat, strict=True)), strict=True)
         self._axes: tuple[int | None, ...] = axes
-        states = [run.record.restore(run.state) for run in runs]
+        states = [run.record.restore(jax.tree.map(jnp.asarray, run.state)) for run in runs]
         stacked = jax.tree.map(lambda *column: jnp.stack(column), *states)
         state = stacked._replace(step=states[0].step)
         self._mesh = None
@@ -350,7 +367,7 @@ class _Group:
         self._state, metrics = _run_together(
             length, self._tree, self._axes, self._mesh, self._state, self._leaves
         )
-        return {name: np.asarray(values) for name, values in metrics.items()}
+        return {name: np.asarray(values)[: self._runs] for name, values in metrics.items()}
 
     def state(self, i: int) -> TrainState:
         """That of one run, on one device."""

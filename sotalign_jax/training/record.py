@@ -49,16 +49,29 @@ class Record:
         self._config, self._home, self._inputs = config, home, inputs
         self._setup, self._rest = setup, rest
         self._keep_best = config.select == "best"
-        self._checkpoints = Checkpoints(home.checkpoints, keep_best=self._keep_best)
-        self.start: int = from_first(lambda: self._checkpoints.latest) or 0
+        self._checkpoints: Any = None
+        self._closed = False
+        self.start: int = 0
+        # A directory that was not started has no checkpoints, and stays empty until it is.
+        if from_first(lambda: home.started):
+            self._find_checkpoints()
+            self.start = from_first(lambda: self._checkpoints.latest) or 0
         self._writer: MetricWriter | None = None
+
+    def _find_checkpoints(self) -> None:
+        self._checkpoints = Checkpoints(self._home.checkpoints, keep_best=self._keep_best)
 
     def restore(self, like: TrainState) -> TrainState:
         """The state to go on from: that of `start`, or ``like`` for a new run."""
         return self._checkpoints.restore(like, self.start) if self.start else like
 
     def open(self, console: Console, *, quiet: bool) -> None:
-        """Get ready for metrics. Process 0 of several writes and reports."""
+        """Get ready for what is to come, once the directory is started.
+
+        Process 0 of several writes and reports.
+        """
+        if self._checkpoints is None:
+            self._find_checkpoints()
         first = jax.process_index() == 0
         self._writer = together(
             lambda: (
@@ -115,19 +128,24 @@ class Record:
             self._bar.close()
             self._writer.close()
             self._writer = None
-        self._checkpoints.close()
+        if self._checkpoints is not None and not self._closed:
+            self._closed = True
+            self._checkpoints.close()
 
     def aligner(self, state: TrainState) -> Aligner:
         """The aligner of this process, of parameters that may be spread over several."""
         return merge(self._setup, state.params, self._rest)
 
-    def finish(self, state: TrainState, teacher_scores: Scores, began: float) -> dict[str, Any]:
+    def finish(
+        self, state: TrainState, teacher_scores: Scores, began: float, *, together: int = 1
+    ) -> dict[str, Any]:
         """Select, save and evaluate the aligner; ``results.json`` is written last.
 
         Args:
             state: after the last step.
             teacher_scores: of `evaluate_teacher`.
             began: when the run was started, by `time.perf_counter`.
+            together: how many runs were trained since then, of whose time it has its share.
 
         Returns:
             What ``results.json`` holds.
@@ -140,7 +158,9 @@ class Record:
         aligner = self.aligner(state)
         prior = OBJECTIVES[config.objective].prior
         aligner.training_prior = prior(self._setup.loss, *self._setup.sizes)
-        return write_results(config, home, self._inputs, aligner, selected, teacher_scores, began)
+        return write_results(
+            config, home, self._inputs, aligner, selected, teacher_scores, began, runs=together
+        )
 
 
 def write_results(
@@ -151,6 +171,8 @@ def write_results(
     step: int,
     teacher_scores: Scores,
     began: float,
+    *,
+    runs: int = 1,
 ) -> dict[str, Any]:
     """Save an aligner and its teacher, and evaluate it; ``results.json`` is written last.
 
@@ -162,6 +184,7 @@ def write_results(
         step: how many steps it took.
         teacher_scores: of `evaluate_teacher`.
         began: when the run was started, by `time.perf_counter`.
+        runs: how many were trained since then; ``seconds`` is the share of one.
 
     Returns:
         What ``results.json`` holds.
@@ -171,7 +194,7 @@ def write_results(
     for name, pairs in _held_out(inputs):
         results[name] = evaluate(aligner, pairs)
         results[f"teacher_{name}"] = teacher_scores[name]
-    results["seconds"] = round(time.perf_counter() - began, 3)
+    results["seconds"] = round((time.perf_counter() - began) / runs, 3)
 
     def write() -> None:
         if jax.process_index() == 0:

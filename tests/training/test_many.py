@@ -12,7 +12,9 @@ from tiny_runs import assert_same_parameters, from_teacher, records, results, ti
 from sotalign_jax.config import validate
 from sotalign_jax.training import many, together_key, train, train_many
 from sotalign_jax.training.build import InputCache
+from sotalign_jax.training.checkpoints import Checkpoints
 from sotalign_jax.training.distributed import Preempted, PreemptionWatch
+from sotalign_jax.training.neighbours import NeighbourCache
 
 # AdamW: Lion moves by the sign of a gradient, which blows small differences up.
 COMMON = {
@@ -155,14 +157,30 @@ def test_runs_that_need_other_programs_stand_apart(tmp_path, monkeypatch):
 def test_no_more_rows_at_once_than_fit(tmp_path, monkeypatch):
     sizes = counted(monkeypatch)
     configs = [config(steps=4, objective="sail", seed=seed) for seed in range(3)]
-    a_run = many._Run(
-        0, configs[0], many.Workdir(tmp_path / "x", configs[0]), InputCache().get(configs[0])
-    )
-    a_run.record.close()
+    home = many.Workdir(tmp_path / "one", configs[0])
+    a_run = many._Run(0, configs[0], home, InputCache().get(configs[0]), None, NeighbourCache())
     for one in configs:
         one.data.resident_gib = 2.5 * a_run.bytes / 2**30
     run(configs, tmp_path)
     assert sorted(sizes) == [1, 2]
+
+
+def test_runs_on_the_same_rows_are_no_more_rows(tmp_path, monkeypatch):
+    """Three rates on one draw stand on its rows; those of two draws would stand once a run."""
+    sizes = counted(monkeypatch)
+    cache = InputCache()
+    configs = [
+        config(steps=4, objective="sail", seed=seed, optimizer__learning_rate=rate)
+        for seed in (0, 1)
+        for rate in (1e-3, 2e-3, 3e-3)
+    ]
+    inputs = [cache.get(one) for one in configs]
+    home = many.Workdir(tmp_path / "one", configs[0])
+    a_run = many._Run(0, configs[0], home, inputs[0], None, NeighbourCache())
+    for one in configs:
+        one.data.resident_gib = 4.5 * a_run.bytes / 2**30
+    run(configs, tmp_path, inputs=inputs)
+    assert sizes == [3, 3]
 
 
 def test_keys():
@@ -228,6 +246,29 @@ def test_sigterm_saves_all(tmp_path, monkeypatch):
     )
     with pytest.raises(Preempted, match="goes on from step 4"):
         run(configs, tmp_path)
+    for i in (0, 1):
+        checkpoints = Checkpoints(tmp_path / f"run_{i}" / "checkpoints", keep_best=True)
+        assert checkpoints.latest == 4
+        checkpoints.close()
+
+
+def test_a_group_whose_turn_had_not_come_goes_on_as_well(tmp_path):
+    """Directories of later groups hold nothing until their runs are started."""
+    configs = [config(objective="sail", seed=s, model__dim=d) for d in (16, 8) for s in (0, 1)]
+    with stopped_at(4) as watch, pytest.raises(Preempted):
+        run(configs, tmp_path, watch=watch)
+    assert [file.name for file in (tmp_path / "run_3").iterdir()] == [".lock"]
+    found, _ = run(configs, tmp_path)
+    assert all(one["selected_step"] for one in found)
+
+
+def test_a_run_that_cannot_be_built_leaves_the_others_as_they_were(tmp_path):
+    configs = [config(objective="sail", steps=4), config(objective="sail", steps=4, select="last")]
+    bad = config(data__n_unpaired=3, objective="nnclr", nnclr__k=5)
+    with pytest.raises(ValueError, match="k"):
+        run([*configs, bad], tmp_path)
+    found, _ = run(configs, tmp_path)
+    assert len(found) == 2
 
 
 def test_finished_runs_are_read_again(tmp_path, monkeypatch):
