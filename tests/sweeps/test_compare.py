@@ -13,7 +13,7 @@ from tiny_runs import tiny
 from sotalign_jax.config import ConfigError, validate
 from sotalign_jax.sweeps import compare as compare_function
 from sotalign_jax.sweeps.compare import compare
-from sotalign_jax.training import loop
+from sotalign_jax.training import build, loop
 
 # The package exports a function of the same name.
 module = sys.modules["sotalign_jax.sweeps.compare"]
@@ -68,7 +68,7 @@ def planted(monkeypatch, score, calls=None):
         }
 
     monkeypatch.setattr(module, "train", train)
-    monkeypatch.setattr(module, "load_inputs", lambda config: some_inputs())
+    monkeypatch.setattr(build, "load_inputs", lambda config: some_inputs())
 
 
 def test_results_are_method_seed_metrics_of_the_runs_below(compared):
@@ -115,7 +115,7 @@ def test_summary_holds_means_spreads_and_paired_differences(compared):
 def test_started_again_finished_runs_are_not_repeated(compared, monkeypatch):
     home, results = compared
     monkeypatch.setattr(loop, "load_inputs", lambda config: pytest.fail("read the data"))
-    monkeypatch.setattr(module, "load_inputs", lambda config: pytest.fail("read the data"))
+    monkeypatch.setattr(build, "load_inputs", lambda config: pytest.fail("read the data"))
     assert compare(comparison(), home, console=quiet()) == results
 
 
@@ -159,7 +159,7 @@ def test_methods_of_a_seed_share_their_inputs(monkeypatch, tmp_path):
         loaded.append((config.seed, config.data.n_pairs))
         return some_inputs()
 
-    monkeypatch.setattr(module, "load_inputs", load)
+    monkeypatch.setattr(build, "load_inputs", load)
     methods = {"a": {}, "b": {"steps": 10}, "c": {"data": {"n_pairs": 32}}}
     compare(comparison(methods), tmp_path / "home", console=quiet())
     assert loaded == [(3, 64), (3, 32), (5, 64), (5, 32)]
@@ -205,7 +205,7 @@ def test_methods_with_a_teacher_of_their_own_share_it_with_their_likes_alone(mon
         loaded.append((config.seed, config.teacher.refit.weight, config.teacher.ridge))
         return some_inputs()
 
-    monkeypatch.setattr(module, "load_inputs", load)
+    monkeypatch.setattr(build, "load_inputs", load)
     own = {"teacher": {"refit": {"weight": 0.0}}}
     methods = {"a": {}, "b": own, "c": own | {"steps": 10}, "d": {"teacher": {"ridge": 0.5}}}
     config = comparison(methods, seeds=(3,), teacher__refit__weight=0.3)
