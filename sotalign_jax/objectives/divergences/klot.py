@@ -23,7 +23,7 @@ from sotalign_jax.transport import Plan, perplexity
 __all__ = ["KLOT"]
 
 # Images by which the sharpness of a plan is told.
-_LOOKED_AT = 64
+_LOOKED_AT = 32
 
 
 def _klot(
