@@ -17,7 +17,8 @@ def get_config(arg=None):
     config.seed = 0  # draws the pairs, the initial weights and the batches
     config.steps = 2_000  # 0: nothing is trained, the aligner is its start (a teacher, say)
     # Layers, trained by the steps of an objective; or an aligner that is fitted in one go, without
-    # steps, with options of its own below: csa (CCA, weighted) | asif (similarities to the pairs).
+    # steps, with options of its own below: csa (CCA, weighted) | asif (similarities to the pairs) |
+    # sue (spectral embeddings); docs/fitted.md
     config.aligner = "layers"
     # sotalign | sail (pairs alone) | sail_semi (unpaired negatives) | clip (InfoNCE on pairs) |
     # structure (InfoNCE, and similarities within a modality are kept) | sclip (pseudo-labels) |

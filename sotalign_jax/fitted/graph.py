@@ -105,9 +105,9 @@ def neighbour_graph(
     squares = squared_distances(rows, rows)
     nearest = _nearest(squares, count)
     radius = _beyond(nearest[:, -1])
-    bandwidth = jnp.median(nearest[:, min(scale_neighbour, count) - 1])
+    distance = jnp.median(jnp.sqrt(nearest[:, min(scale_neighbour, count) - 1]))
     # Copies of a row have no distance but its rounding.
-    bandwidth = jnp.maximum(bandwidth, 10 * _ROUNDING)[None]
+    bandwidth = jnp.maximum(jnp.square(distance), 10 * _ROUNDING)[None]
     weights = jnp.exp(log_weights(squares, radius, radius, bandwidth))
     # Not left to the rounding of a distance of zero.
     weights = jnp.fill_diagonal(weights, 1.0, inplace=False)

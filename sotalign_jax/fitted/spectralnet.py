@@ -23,9 +23,11 @@ __all__ = ["SpectralNet", "orthonormalizing", "rayleigh", "spectral_net"]
 _HIGHEST = jax.lax.Precision.HIGHEST
 # More than the rounding of a Gram matrix, which then has a Cholesky decomposition.
 _SHIFT = 2e-6
+# Share of the rows that is held out.
 _VALIDATION = 0.1
 # After 10 epochs without a lower loss on what is held out, the step is cut to a tenth.
 _PLATEAU = optax.contrib.reduce_on_plateau(factor=0.1, patience=10)
+# After two cuts.
 _SMALLEST_STEP = 0.02
 
 
@@ -85,9 +87,9 @@ def spectral_net(
     Every step draws a batch, on whose graph its outputs are scored (`rayleigh`), and a second one,
     which says how to make them orthonormal first (`orthonormalizing`). Adam takes the step; a
     plateau of the loss on a tenth of the rows, 10 epochs long, cuts the learning rate to a tenth,
-    and a second one ends the training early. At the end the outputs are made
-    orthonormal over up to ``landmarks`` rows, and turned to the eigenvectors of ``Y^T L Y`` of
-    their graph, ascending.
+    and a second one ends the training early. At the end the outputs are made orthonormal over up to
+    ``landmarks`` rows, and turned to the eigenvectors of ``Y^T L Y`` of their graph, ascending. All
+    rows are held on the device.
 
     The defaults suit a few thousand rows on a CPU. Published: ``hidden=(4096, 4096, 1024)``,
     ``batch_size=5162`` (in the paper 4,096), ``learning_rate=1e-4``, ``orthonormal="constant"``.
