@@ -102,7 +102,7 @@ def test_the_seed_decides_and_progress_is_told(fitted):
 
 def test_a_constant_turn_gives_another_gradient():
     rows, _ = _rows()
-    options = {**SMALL, "epochs": 1, "batch_size": 60}
+    options = {**SMALL, "epochs": 1}
     one = spectral_net(rows, **options)
     other = spectral_net(rows, **options, orthonormal="constant")
     assert np.abs(np.asarray(one.rotation - other.rotation)).max() > 1e-4
