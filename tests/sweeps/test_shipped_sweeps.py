@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from sotalign_jax.config import flatten, validate
+from sotalign_jax.config import default_config, validate
 from sotalign_jax.features import write_store
+from sotalign_jax.fitted import FITTED
 from sotalign_jax.sweeps import load_sweep, run_sweep
 from sotalign_jax.sweeps.layout import collect
 from sotalign_jax.sweeps.points import SweepDir
@@ -26,7 +27,12 @@ PAPER_ALONE = {
     ("fig4_pairs", "SAIL", 1_000_000),
 }
 # Sweeps whose points name feature files; the others take them from the command line.
-NAME_FILES = ("table2_pair_source", "table3_encoders", "table7_unpaired_source")
+NAME_FILES = (
+    "table2_pair_source",
+    "table3_encoders",
+    "table6_single_dataset",
+    "table7_unpaired_source",
+)
 each = pytest.mark.parametrize("name", NAMES)
 
 
@@ -72,6 +78,8 @@ def test_its_header_gives_the_commands_and_the_figures(name):
         shipped(name).layout.plot
     )
     assert "runlocal" in text and "The paper" in text
+    for count in re.findall(r"(\d+)\s+runs", text):
+        assert int(count) == len(shipped(name, "runlocal").runs())
     numbers = set(re.findall(r"\d+\.\d+", text))
     for row, column, metric, value in figures(name):
         assert f"{value:.1f}" in numbers, (row, column, metric)
@@ -174,6 +182,23 @@ def test_an_encoder_is_the_same_in_all_splits():
     assert found == {(f"{i} + {t}", images[i], texts[t]) for i in images for t in texts}
 
 
+def test_fitted_aligners_of_table_6_are_as_published_but_for_what_its_header_says():
+    for arg in (None, "runlocal"):
+        methods = {p.value("label.method"): p for p in shipped("table6_single_dataset", arg).points}
+        for name in ("csa", "sue"):
+            published, ours = methods[name.upper()], methods[f"{name.upper()}, defaults here"]
+            assert published.config.aligner == ours.config.aligner == name
+            assert ours.config[name] == default_config()[name]
+            other = {"dim"} if name == "csa" else set()
+            if arg == "runlocal":
+                other |= {"hidden", "batch_size", "learning_rate"} & set(published.config[name])
+            for option, value in FITTED[name].published.items():
+                expected = default_config()[name][option] if option in other else value
+                assert published.config[name][option] == expected
+        contrastive = methods["contrastive"].config
+        assert (contrastive.aligner, contrastive.objective) == ("layers", "clip")
+
+
 def corpus(data):
     """Whose items a data set is about."""
     return data.removesuffix("_synthetic")
@@ -192,15 +217,17 @@ def test_on_files_every_row_reads_what_its_name_says(name, tmp_path, monkeypatch
     for point in shipped(name).points:
         if point.config.seed == 0:
             points.setdefault(point.config.data.to_json(), point)
-    files = [flatten(point.config.data.files) for point in points.values()]
+    fields = [one for point in points.values() for one in point.config.data.files.items()]
     stored = {}
-    for path in {v for one in files for k, v in one.items() if v and k.endswith(("image", "text"))}:
+    for path in {value for field, value in fields if value and field.endswith(("image", "text"))}:
         ids = [f"{corpus(path.split('/')[-2])}-{number}" for number in range(40)]
         rows = np.random.default_rng(len(stored)).standard_normal((40, 3))
         write_store(path, rows, ids=ids, dtype="float32")
         stored[path] = dict(zip(ids, rows.astype(np.float32), strict=True))
     for point in points.values():
         config = point.config.copy_and_resolve_references()
+        files = config.data.files
+        files.n_val = min(files.n_val, 6)
         config.data.n_pairs, few = 4, 15
         config.data.n_unpaired = config.data.n_unpaired and few
         splits = load_splits(validate(config))
@@ -212,12 +239,13 @@ def test_on_files_every_row_reads_what_its_name_says(name, tmp_path, monkeypatch
         }
         for what, table in tables.items():
             side = what.removeprefix("unpaired_")
-            path = config.data.files[what] or config.data.files[side]
+            path = files[what] or files[side]
             expected = [stored[path][name] for name in ids_of(table)]
             np.testing.assert_array_equal(table.array(), expected)
         counts = {len(splits.unpaired_image), len(splits.unpaired_text)}
-        assert counts == ({few} if config.data.n_unpaired else {40})
-        if config.data.files.mode == "disjoint":
+        rest = 40 if files.mode == "independent" else 40 - 4 - files.n_val
+        assert counts == {config.data.n_unpaired or rest}
+        if files.mode == "disjoint":
             pairs, left, right = (
                 set(ids_of(tables[what])) for what in ("image", "unpaired_image", "unpaired_text")
             )
