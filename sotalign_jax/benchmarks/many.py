@@ -165,13 +165,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         config = read_config(options.config)
         with tempfile.TemporaryDirectory() as temporary:
             report = run(config, count, vary=options.vary, workdir=temporary)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         parser.error(str(error))
     device = jax.devices()[0].device_kind
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     title = (
         f"{count} runs of {options.config} that differ in {options.vary}, on {device}, "
-        f"{os.cpu_count()} CPUs, load average {load or 0:.1f}"
+        f"{os.cpu_count()} CPUs, load average {'unknown' if load is None else f'{load:.1f}'}"
     )
     Console(width=max(120, Console().width)).print(_table(report, title))
     if options.json is not None:

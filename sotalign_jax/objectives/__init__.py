@@ -40,10 +40,20 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def option_tables() -> dict[str, type]:
-    """The classes of options, by the name of their table: FuseMix, objectives, divergences."""
-    methods: dict[str, Objective | Divergence] = OBJECTIVES | DIVERGENCES
-    own = {name: m.options for name, m in methods.items() if m.options is not None}
-    return {"fusemix": FuseMix, **own}
+    """The classes of options, by the name of their table: FuseMix, objectives, divergences.
+
+    Raises:
+        TypeError: two methods that have options have one name, and so one table.
+    """
+    tables: dict[str, type] = {"fusemix": FuseMix}
+    methods: list[tuple[str, Objective | Divergence]] = [*OBJECTIVES.items(), *DIVERGENCES.items()]
+    for name, method in methods:
+        if method.options is None:
+            continue
+        if name in tables:
+            raise TypeError(f"{name}: two methods with options cannot have one name")
+        tables[name] = method.options
+    return tables
 
 
 def traced_fields() -> set[str]:

@@ -27,9 +27,9 @@ def check_neighbours(config: Config, splits: Splits, reads: Reads) -> None:
         table = getattr(splits, f"unpaired_{side}")
         if len(table) < reads.neighbours:
             raise ConfigError(
-                f"config.{config.objective}.k: {reads.neighbours} neighbours of each pair asked, "
-                f"but {table.name} has {len(table)} rows; give a smaller k, more data, or "
-                f"{config.objective}.{side}_weight=0"
+                f"config.{config.objective}: {reads.neighbours} neighbours (k) of each pair asked, "
+                f"but {table.name} has {len(table)} rows; give a smaller k, more data, or leave "
+                f"out the neighbours of the {side}s"
             )
 
 

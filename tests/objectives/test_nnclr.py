@@ -280,8 +280,8 @@ def test_too_few_rows_stop_a_run_before_it_starts(tmp_path, capsys):
     with pytest.raises(ConfigError) as caught:
         train(config, tmp_path / "run")
     assert re.fullmatch(
-        r"config.nnclr.k: 257 neighbours of each pair asked, but .* has 256 rows; give a "
-        r"smaller k, more data, or nnclr.text_weight=0",
+        r"config.nnclr: 257 neighbours \(k\) of each pair asked, but .* has 256 rows; give a "
+        r"smaller k, more data, or leave out the neighbours of the texts",
         str(caught.value),
     )
     assert not capsys.readouterr().out
