@@ -26,6 +26,8 @@ def get_config(arg=None):
         "csa_published": {"csa": dict(FITTED["csa"].published)},
         "asif": {"aligner": "asif"},
         "anchors": {"aligner": "asif", "asif": {"neighbours": 0, "power": 1, "center": "pairs"}},
+        "sue": {"aligner": "sue"},
+        "sue_network": {"aligner": "sue", "sue": {"embedding": "network"}},
     }
     if arg == "runlocal":
         config.data.n_pairs = 60
