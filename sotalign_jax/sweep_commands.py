@@ -32,6 +32,7 @@ _SLURM = flags.DEFINE_bool("slurm", False, "Run nothing here; submit jobs.")
 _OPTIONS = flags.DEFINE_list("slurm_options", [], "NAME=VALUE of submitit, with commas between.")
 _PAPER = flags.DEFINE_bool("paper", False, "Show the published figures beside ours.")
 
+_LEFT = 75  # EX_TEMPFAIL of sysexits.h
 _VERBS = ("run", "status", "table", "plot")
 
 
@@ -84,7 +85,10 @@ def run(
     together: int = 8,
     console: Console | None = None,
 ) -> int:
-    """Run what is not finished; the table, once everything is. The exit status: 1 of failures."""
+    """Run what is not finished; the table, once everything is.
+
+    The exit status: 1 of failures, 75 (try again later) where points were left to others.
+    """
     part, slash, parts = shard.partition("/")
     if not (slash and part.isdecimal() and parts.isdecimal()):
         raise ConfigError(f"--shard: must be i/n, as in 1/4, got {shard!r}")
@@ -99,8 +103,9 @@ def run(
         wait=not points,
         console=console,
     )
+    status = 1 if outcome.failed else _LEFT if outcome.left else 0
     if not first:
-        return 1 if outcome.failed else 0
+        return status
     home = SweepDir(workdir)
     if home.complete(sweep):
         table(sweep, workdir, console=console)
@@ -109,7 +114,7 @@ def run(
         _say(console, f"failed: point {', '.join(numbers)} ({', '.join(keys)}): {text}")
     if outcome.left:
         _say(console, f"left to other processes: {', '.join(outcome.left)}")
-    return 1 if outcome.failed else 0
+    return status
 
 
 def status(sweep: Sweep, workdir: str, console: Console | None = None) -> dict[str, int]:

@@ -31,6 +31,8 @@ __all__ = ["Outcome", "SweepStopped", "groups_of", "run_sweep"]
 _FAILURES = (ValueError, FloatingPointError, OSError, jax.errors.JaxRuntimeError)
 # Seconds between looks at points that other processes are at work on.
 _PATIENCE = (0.2, 5.0)
+# Seconds until such points are left to them: a look of `status` holds a point's lock for a moment.
+_GRACE = 1.0
 
 
 class Outcome(NamedTuple):
@@ -146,16 +148,17 @@ class _Runner:
             + (f", {len(before)} of them finished before" if before else ""),
             highlight=False,
         )
-        groups, pause = self._groups, _PATIENCE[0]
+        groups, pause, waited = self._groups, _PATIENCE[0], 0.0
         while groups:
             left = [busy for group in groups if (busy := self._group(group))]
-            if not left or not wait:
+            if not left or (not wait and waited >= _GRACE):
                 groups = left
                 break
             if sum(map(len, left)) < sum(map(len, groups)):
                 pause = _PATIENCE[0]
             else:
                 time.sleep(pause)
+                waited += pause
                 pause = min(2 * pause, _PATIENCE[1])
             groups = left
         return Outcome(*from_first(self._outcome))
@@ -165,7 +168,7 @@ class _Runner:
         failed = {
             key: self._home.why_failed(key)
             for key in self._points
-            if key not in finished and self._home.failure(key).exists()
+            if key not in finished and self._settled(key)
         }
         left = [key for key in self._points if key not in finished and key not in failed]
         return finished, failed, left

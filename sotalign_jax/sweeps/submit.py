@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import ast
 import os
-from collections.abc import Mapping, Sequence
+import signal
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from sotalign_jax.config import ConfigError
 from sotalign_jax.sweeps.points import Sweep, SweepDir, load_sweep
-from sotalign_jax.sweeps.run import groups_of, run_sweep
+from sotalign_jax.sweeps.run import SweepStopped, groups_of, run_sweep
 from sotalign_jax.sweeps.table import write_tables
 from sotalign_jax.training import distributed
 
@@ -28,8 +29,8 @@ def submit(
 ) -> list[Any]:
     """Submits the unfinished points of a sweep, a job of the array a group of points.
 
-    A job that is preempted or out of time is queued again by submitit and goes on; logs are in
-    ``DIR/slurm``. Points that another process is at work on when their job begins are left to it.
+    A job that is preempted or out of time saves what it is at work on, is queued again and goes on;
+    logs are in ``DIR/slurm``. A job waits for points of its own that another process is at work on.
 
     Args:
         sweep: of `load_sweep`.
@@ -44,7 +45,7 @@ def submit(
 
     Raises:
         ImportError: submitit is missing; the message says which extra has it.
-        ConfigError: an option that submitit does not take, or no SLURM on this machine.
+        ConfigError: an option that submitit or SLURM does not take, or no SLURM on this machine.
     """
     submitit = _submitit()
     home = SweepDir(workdir)
@@ -59,11 +60,12 @@ def submit(
     try:
         executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
         executor.update_parameters(**given)
+        # Only strings and numbers go into the job: it reads the sweep's file again.
+        job = _Job(sweep.source, sweep.overrides, os.fspath(home.path.absolute()), size)
+        return executor.map_array(job, groups)
+    # What sbatch refuses is a RuntimeError of submitit.
     except (RuntimeError, NameError, AssertionError, ValueError, TypeError) as error:
         raise ConfigError(f"--slurm: {' '.join(str(error).split())}") from error
-    # Only strings and numbers go into the job: it reads the sweep's file again.
-    job = _Job(sweep.source, sweep.overrides, os.fspath(home.path.absolute()), size)
-    return executor.map_array(job, groups)
 
 
 def _submitit() -> Any:
@@ -107,10 +109,21 @@ class _Job:
         self._workdir, self._size = workdir, size
 
     def __call__(self, keys: list[str]) -> list[str]:
+        again = _queue_again()
         distributed.start()
         sweep = load_sweep(self._source, self._overrides)
         home = SweepDir(self._workdir)
-        outcome = run_sweep(sweep, home.path, points=keys, size=self._size, wait=False)
+        known = sweep.runs()
+        if gone := [key for key in keys if key not in known]:
+            print(f"not run, the file has them no more: {', '.join(gone)}", flush=True)
+        keys = [key for key in keys if key in known]
+        if not keys:  # none would mean all
+            return []
+        try:
+            outcome = run_sweep(sweep, home.path, points=keys, size=self._size)
+        except SweepStopped:
+            again()
+            return []  # only in tasks but the first, which alone queues the job and ends here
         if jax.process_index() == 0 and home.complete(sweep):
             write_tables(sweep, home)
         if outcome.failed:
@@ -122,3 +135,26 @@ class _Job:
         import submitit
 
         return submitit.helpers.DelayedSubmission(self, keys)
+
+
+def _queue_again() -> Callable[[], None]:
+    """Lets SIGTERM and the signal of submitit (a time limit that is near) come to one thing.
+
+    While points are run both save first, see `PreemptionWatch`; at any other time they queue the
+    job again at once. By itself submitit ignores SIGTERM, and saves nothing at its own signal.
+
+    Returns:
+        What queues the job again and ends this process.
+    """
+    import submitit
+
+    number = submitit.JobEnvironment()._usr_sig()
+    handler = signal.getsignal(number)
+
+    def again(*_: Any) -> None:
+        if callable(handler):
+            handler(number, None)
+
+    signal.signal(signal.SIGTERM, again)
+    signal.signal(number, lambda *_: signal.raise_signal(signal.SIGTERM))
+    return again

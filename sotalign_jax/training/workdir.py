@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -54,22 +57,39 @@ def lock(path: Path, *, shared: bool = False) -> Iterator[bool]:
         shared: others may hold it shared at the same time.
 
     Yields:
-        False where another process holds it. True on systems without such locks.
+        False where another process holds it. True on systems without such locks; of a disk without
+        them there is a warning.
+
+    Raises:
+        OSError: the file cannot be made, or the disk failed to lock it.
     """
     try:
         import fcntl
     except ImportError:  # not a POSIX system
         yield True
         return
-    with open(path, "a", encoding="utf-8") as file:
+    # For reading too: over NFS a shared lock needs it.
+    with open(path, "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
             return
-        except OSError:  # a file system without locks
-            pass
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP):
+                why = f"cannot be locked: {error.strerror}"
+                raise OSError(error.errno, why, str(path)) from error
+            _warn_of_no_locks()
         yield True
+
+
+@functools.cache
+def _warn_of_no_locks() -> None:
+    warnings.warn(
+        "workdir: its disk has no file locks; start no two processes on the same runs (of a sweep, "
+        "give each its own part by --shard)",
+        stacklevel=2,
+    )
 
 
 class Workdir:

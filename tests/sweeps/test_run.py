@@ -74,6 +74,7 @@ def planted(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "train_many", train_many)
     monkeypatch.setattr(module.InputCache, "get", lambda self, config: None)
     monkeypatch.setattr(module, "_PATIENCE", (0.01, 0.02))
+    monkeypatch.setattr(module, "_GRACE", 0.05)
     return here
 
 
@@ -240,6 +241,23 @@ def test_without_waiting_points_of_others_are_left(planted):
     with lock(planted.home.lock(planted.key(1))):
         outcome = planted.run(wait=False)
     assert outcome.left == [planted.key(1)] and len(outcome.finished) == 5
+
+
+def test_a_look_at_a_point_does_not_keep_it_from_being_run(planted):
+    planted.home.start(planted.sweep)
+    with contextlib.ExitStack() as look:
+        look.enter_context(lock(planted.home.lock(planted.key(1)), shared=True))
+        planted.during = lambda key: look.close() if key == planted.key(6) else None
+        outcome = planted.run(wait=False, size=1)
+    assert outcome.left == [] and len(outcome.finished) == 6
+
+
+def test_an_old_failure_of_a_point_that_runs_elsewhere_is_none_of_this_run(planted):
+    planted.home.start(planted.sweep)
+    write_json(planted.home.failure(planted.key(1)), {"message": "yesterday"})
+    with lock(planted.home.lock(planted.key(1))):
+        outcome = planted.run(wait=False)
+    assert outcome.failed == {} and outcome.left == [planted.key(1)]
 
 
 def test_what_failed_for_others_meanwhile_is_not_tried_again(planted):

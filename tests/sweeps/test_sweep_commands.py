@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import pickle
 import shlex
 import signal
@@ -19,6 +20,8 @@ from local_processes import finish, start
 from sotalign_jax import main, sweep_commands
 from sotalign_jax.sweeps import load_sweep, run, submit
 from sotalign_jax.sweeps.points import SweepDir
+from sotalign_jax.training.distributed import PreemptionWatch
+from sotalign_jax.training.workdir import lock
 
 # What ml_collections loads config files with.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -298,6 +301,76 @@ def test_jobs_run_the_points_of_a_sweep(tmp_path, here, forks):
     assert "1 of 1" in out.read_text()
     status, out, _ = here(*jobs)
     assert status == 0 and out == "nothing to submit, all runs are finished\n"
+
+
+@pytest.fixture
+def in_a_job(monkeypatch):
+    """As inside a job of submitit: what its handler was called with."""
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
+    monkeypatch.setenv("SUBMITIT_LOCAL_JOB_ID", "1")
+    monkeypatch.setattr(submit.distributed, "start", lambda: None)
+    calls = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
+    signal.signal(signal.SIGUSR2, lambda number, frame: calls.append("queued"))
+    yield calls
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_job_that_is_preempted_saves_and_is_then_queued_again(
+    number, in_a_job, tmp_path, monkeypatch
+):
+    def run_sweep(*_, **__):
+        with PreemptionWatch() as watch:
+            os.kill(os.getpid(), number)
+            assert watch.noticed
+            in_a_job.append("saved")
+            raise run.SweepStopped(0, 1)
+
+    monkeypatch.setattr(submit, "run_sweep", run_sweep)
+    key = load_sweep(FILE).points[0].key
+    assert submit._Job(FILE, {}, str(tmp_path / "home"), 4)([key]) == []
+    assert in_a_job == ["saved", "queued"]
+    os.kill(os.getpid(), number)  # while nothing is run, at once
+    assert in_a_job == ["saved", "queued", "queued"]
+
+
+def test_a_job_leaves_out_points_that_the_file_has_no_more(in_a_job, monkeypatch, capsys):
+    def run_sweep(sweep, workdir, *, points, size):
+        return run.Outcome(points, {}, [])
+
+    monkeypatch.setattr(submit, "run_sweep", run_sweep)
+    job = submit._Job(FILE, {}, "/none", 4)
+    key = load_sweep(FILE).points[0].key
+    assert job(["0" * 12, key]) == [key]
+    assert "the file has them no more: 000000000000" in capsys.readouterr().out
+    assert job(["0" * 12]) == []
+
+
+def test_what_sbatch_refuses_is_an_error_of_one_line(tmp_path, here, monkeypatch):
+    import submitit
+
+    def map_array(*_):
+        raise submitit.core.utils.FailedJobError("sbatch: error:\nInvalid partition")
+
+    monkeypatch.setattr(submitit.AutoExecutor, "map_array", map_array)
+    place = f"--workdir={tmp_path / 'home'}"
+    options = "--slurm_options=cluster=local,timeout_min=5"
+    status, _, err = here("sweep", "run", FILE, place, "--slurm", options)
+    assert status == 2
+    assert err == "sotalign sweep: error: --slurm: sbatch: error: Invalid partition\n"
+
+
+def test_points_left_to_others_give_status_75(tmp_path, here, monkeypatch):
+    monkeypatch.setattr(run, "_GRACE", 0.0)
+    home = SweepDir(tmp_path / "home")
+    sweep = load_sweep(FILE)
+    home.start(sweep)
+    key = sweep.points[0].key
+    with lock(home.lock(key)):
+        status, out, _ = here("sweep", "run", FILE, f"--workdir={home.path}", "--point=1")
+    assert status == 75 and out.splitlines()[-1] == f"left to other processes: {key}"
 
 
 def test_a_job_that_is_out_of_time_is_queued_again_as_it_was():
