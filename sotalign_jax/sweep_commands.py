@@ -122,6 +122,7 @@ def status(sweep: Sweep, workdir: str, console: Console | None = None) -> dict[s
     console = console or make_console()
     home = SweepDir(workdir)
     home.recorded()
+    home.check(sweep)
     shown = Table(title=f"{sweep.name} in {workdir}", title_justify="left")
     for name in ("", "key", "point", "state", "step", "val", "test"):
         shown.add_column(name, justify="right" if name in ("", "step", "val", "test") else "left")

@@ -102,6 +102,7 @@ def get_table():
         "rows": "label.method",
         "metrics": (*sides, "test/mean_recall@1", "test/mean_recall@10"),
         "select": "val/mean_recall@1",
+        "reference_rows": "SAIL, many pairs",
         "paper": {name: dict(zip(sides, values, strict=True)) for name, values in _PAPER.items()},
         "names": {"label.method": "method"},
         "caption": "Held-out retrieval, each method at its best point on validation.",

@@ -51,6 +51,8 @@ class Layout:
             every cell, in the mean over ``over``; empty: nothing else may vary.
         teacher_rows: name of a row to value of (the last field of) ``rows``: a row for the teacher
             alone of these runs, at the top of its group.
+        reference_rows: values of (the last field of) ``rows``, or names of teacher rows, that are
+            shown to compare with and never in bold, as an upper bound.
         paper: published figures, in the units of the table, by value of ``rows`` (a tuple where
             there are several), then, where there are columns, by value of ``columns``, then by
             metric. ``--paper`` shows them; rows and columns that only the paper has are added.
@@ -67,6 +69,7 @@ class Layout:
     over: str = "seed"
     select: str = ""
     teacher_rows: Mapping[Any, Any] = dataclasses.field(default_factory=dict)
+    reference_rows: tuple[Any, ...] = ()
     paper: Mapping[Any, Any] = dataclasses.field(default_factory=dict)
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     caption: str = ""
@@ -95,6 +98,10 @@ class Layout:
             given[name] = tuple(value)
             if not value and name != "columns":
                 raise ConfigError(f"get_table: {name}: names nothing to show")
+        references = given.get("reference_rows", ())
+        if not isinstance(references, list | tuple):
+            references = (references,)
+        given["reference_rows"] = tuple(references)
         for name in ("over", "select", "caption"):
             given[name] = given.get(name, known[name].default) or ""
             if not isinstance(given[name], str):
@@ -143,6 +150,11 @@ class Layout:
                 )
             if row in last:
                 raise ConfigError(f"get_table: teacher_rows: {row!r}: is a row already")
+        for row in self.reference_rows:
+            if row not in last and row not in self.teacher_rows:
+                raise ConfigError(
+                    f"get_table: reference_rows: {row!r} is no value of {self.rows[-1]}"
+                )
         self._check_cells(points, self.rows, self.columns, "the table")
         if self.plot:
             x = self.plot["x"]

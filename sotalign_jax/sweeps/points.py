@@ -271,8 +271,9 @@ class SweepDir:
     def check(self, sweep: Sweep) -> None:
         """Raises ConfigError where a sweep cannot live here.
 
-        Or where a finished point has another configuration than its key says, because a default is
-        another one since.
+        Because something else does, or this sweep with other fields set beside its file; or where
+        a finished point has another configuration than its key says, because a default is another
+        one since.
         """
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"workdir: {self.path} is a file; give a directory")
@@ -282,6 +283,14 @@ class SweepDir:
                 raise ConfigError(
                     f"workdir: {self.path} holds the sweep {name}, not {sweep.name}; give another "
                     "directory"
+                )
+            recorded, given = (
+                _that_matter(fields) for fields in (self.recorded()["overrides"], sweep.overrides)
+            )
+            if recorded != given:
+                raise ConfigError(
+                    f"workdir: {self.path} holds this sweep with {_overrides_shown(recorded)}, not "
+                    f"with {_overrides_shown(given)}; give the same, or another directory"
                 )
         elif self.path.exists() and any(not f.name.startswith(".") for f in self.path.iterdir()):
             raise ConfigError(
@@ -337,6 +346,17 @@ class SweepDir:
         # After the record: another process may be starting the same sweep, and must see whose this
         # directory is.
         (self.path / "points").mkdir(exist_ok=True)
+
+
+def _that_matter(fields: Mapping[str, Any]) -> Fields:
+    """Fields that change what comes of a run, as a record has them: with lists for tuples."""
+    fields = json.loads(json.dumps(fields))
+    return {name: v for name, v in fields.items() if not f"{name}.".startswith(NO_MATTER)}
+
+
+def _overrides_shown(fields: Fields) -> str:
+    shown = [f"--config.{name}={value}" for name, value in sorted(fields.items())]
+    return " ".join(shown) or "nothing set beside the file"
 
 
 def _split(source: str) -> tuple[Path, str | None]:

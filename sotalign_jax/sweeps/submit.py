@@ -18,6 +18,9 @@ from sotalign_jax.training import distributed
 
 __all__ = ["parse_options", "submit"]
 
+# How often a job that is out of time is queued again, unless the options say otherwise.
+_TIMEOUTS = 1_000
+
 
 def submit(
     sweep: Sweep,
@@ -38,14 +41,17 @@ def submit(
         points: numbers or keys of those to run; none: all.
         size: the largest group.
         options: of submitit, as ``{"timeout_min": 600, "slurm_partition": "gpu"}``; and
-            ``"cluster"``, ``"slurm"`` unless given (``"local"``: processes of this machine).
+            ``"cluster"``, ``"slurm"`` unless given (``"local"``: processes of this machine). The
+            time limit must be among them: submitit's own is five minutes. A job may run out of
+            time a thousand times, unless ``"slurm_max_num_timeout"`` says otherwise.
 
     Returns:
         submitit's jobs.
 
     Raises:
         ImportError: submitit is missing; the message says which extra has it.
-        ConfigError: an option that submitit or SLURM does not take, or no SLURM on this machine.
+        ConfigError: no time limit, an option that submitit or SLURM does not take, or no SLURM on
+            this machine.
     """
     submitit = _submitit()
     home = SweepDir(workdir)
@@ -56,9 +62,16 @@ def submit(
         return []
     given = {"name": f"sweep-{sweep.name}".replace(":", "-")} | dict(options or {})
     cluster = given.pop("cluster", "slurm")
+    limit = given.get(f"{cluster}_time", given.get("timeout_min"))
+    if not isinstance(limit, int):
+        raise ConfigError(
+            f"--slurm_options: timeout_min: must be the longest time of a job in minutes, as "
+            f"timeout_min=600 (what is not finished by then is queued again), got {limit!r}"
+        )
+    times = {name: given.pop(name, _TIMEOUTS) for name in [f"{cluster}_max_num_timeout"]}
     folder = home.path.absolute() / "slurm"
     try:
-        executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
+        executor = submitit.AutoExecutor(folder=folder, cluster=cluster, **times)
         executor.update_parameters(**given)
         # Only strings and numbers go into the job: it reads the sweep's file again.
         job = _Job(sweep.source, sweep.overrides, os.fspath(home.path.absolute()), size)
@@ -146,9 +159,7 @@ def _queue_again() -> Callable[[], None]:
     Returns:
         What queues the job again and ends this process.
     """
-    import submitit
-
-    number = submitit.JobEnvironment()._usr_sig()
+    number = _submitit().JobEnvironment()._usr_sig()
     handler = signal.getsignal(number)
 
     def again(*_: Any) -> None:

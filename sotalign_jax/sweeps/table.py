@@ -259,18 +259,22 @@ def _text(grid: Grid, row: Key, column: _Column) -> _Text:
     if mean is None:
         return _Text("–", note=note)
     shown = layout.show(metric, mean)
-    best = _best(grid, column)
+    best = _best(grid, row, column)
     return _Text(
         shown, "" if sd is None else layout.show(metric, sd), note, cell.final and shown in best
     )
 
 
-def _best(grid: Grid, column: _Column) -> set[str]:
-    """How the best mean of a column reads; nothing where nothing final is compared."""
-    metric = column.metric
-    if metric in NEITHER_IS_BETTER:
+def _best(grid: Grid, row: Key, column: _Column) -> set[str]:
+    """How the best mean beside a row reads, in its group of rows and its column.
+
+    Nothing where nothing final is compared, or the row is not one that is compared.
+    """
+    metric, references = column.metric, grid.layout.reference_rows
+    if metric in NEITHER_IS_BETTER or row[-1] in references:
         return set()
-    cells = [grid.cells.get((row, column.key)) for row in grid.rows]
+    group = [other for other in grid.rows if other[:-1] == row[:-1] and other[-1] not in references]
+    cells = [grid.cells.get((other, column.key)) for other in group]
     means = [m for c in cells if c is not None and c.final and (m := c.mean(metric)) is not None]
     if len(means) < 2:
         return set()

@@ -120,6 +120,13 @@ def test_small_its_rows_are_there(name):
         assert splits.val is not None and splits.test is not None
 
 
+@each
+def test_whole_it_goes_on_from_checkpoints_and_is_chosen_by_the_mean_recall_of_the_paper(name):
+    sweep = shipped(name)
+    assert all(0 < p.config.checkpoint_every < p.config.steps for p in sweep.points)
+    assert sweep.layout.select in ("", "val/mean_recall@1")
+
+
 def test_methods_of_figure_4_see_the_same_pairs():
     for name in ("fig4_pairs", "fig4_unpaired"):
         for arg in (None, "runlocal"):

@@ -257,7 +257,16 @@ def test_the_directory_remembers_what_was_set_beside_the_file(tmp_path, here):
     (directory / "results.json").write_text(json.dumps({"test": metrics, "val": metrics}))
     place = f"--workdir={home.path}"
     assert "1 finished, 5 waiting" in here("sweep", "status", FILE, place)[1]
-    assert "1 finished" not in here("sweep", "status", FILE, place, "--config.model.scale=16")[1]
+    other = "--config.model.scale=16"
+    message = f"{home.path} holds this sweep with --config.model.scale=15.0, not with {other}"
+    for verb in ("run", "status", "table", "plot"):
+        status, out, err = here("sweep", verb, FILE, place, other)
+        assert status == 2 and out == "" and message in err
+    status, _, err = here("sweep", "run", FILE, place)
+    assert status == 2 and "scale=15.0, not with nothing set beside the file; give the same" in err
+    # What changes nothing of a run may differ.
+    same = ("--config.model.scale=15", "--config.metrics.tensorboard=True")
+    assert "1 finished, 5 waiting" in here("sweep", "status", FILE, place, *same)[1]
 
 
 # ---- schedulers
@@ -349,7 +358,7 @@ def test_a_job_leaves_out_points_that_the_file_has_no_more(in_a_job, monkeypatch
 
 
 def test_what_sbatch_refuses_is_an_error_of_one_line(tmp_path, here, monkeypatch):
-    import submitit
+    submitit = submit._submitit()
 
     def map_array(*_):
         raise submitit.core.utils.FailedJobError("sbatch: error:\nInvalid partition")
@@ -360,6 +369,21 @@ def test_what_sbatch_refuses_is_an_error_of_one_line(tmp_path, here, monkeypatch
     status, _, err = here("sweep", "run", FILE, place, "--slurm", options)
     assert status == 2
     assert err == "sotalign sweep: error: --slurm: sbatch: error: Invalid partition\n"
+
+
+@pytest.mark.parametrize(("more", "times"), [({}, 1_000), ({"local_max_num_timeout": 7}, 7)])
+def test_a_job_may_run_out_of_time_often(more, times, tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(
+        submit._submitit().AutoExecutor,
+        "map_array",
+        lambda self, job, groups: found.append(self) or [],
+    )
+    options = {"cluster": "local", "timeout_min": 5} | more
+    submit.submit(load_sweep(FILE), tmp_path / "home", options=options)
+    (executor,) = found
+    assert executor._executor.max_num_timeout == times
+    assert executor.parameters["timeout_min"] == 5
 
 
 def test_points_left_to_others_give_status_75(tmp_path, here, monkeypatch):
@@ -383,9 +407,13 @@ def test_a_job_that_is_out_of_time_is_queued_again_as_it_was():
     ("option", "message"),
     [
         ("timeout_min", "--slurm_options: 'timeout_min': must be NAME=VALUE"),
-        ("cluster=local,local_nodes=3,nonsense=1", "--slurm: Parameter 'nonsense' need to be"),
-        ("cluster=local,timeout_min=long", '--slurm: Parameter "timeout_min" expected type'),
-        ("cluster=elsewhere", "--slurm: AutoExecutor doesn't know any executor named elsewhere"),
+        ("slurm_partition=gpu", "--slurm_options: timeout_min: must be the longest time of a job"),
+        ("cluster=local,slurm_time=9", "--slurm_options: timeout_min: must be the longest"),
+        ("slurm_time=9:00:00", "(what is not finished by then is queued again), got '9:00:00'"),
+        ("cluster=local,timeout_min=long", "is queued again), got 'long'"),
+        ("cluster=local,timeout_min=3,nonsense=1", "--slurm: Parameter 'nonsense' need to be"),
+        ("cluster=local,timeout_min=3,mem_gb=x", '--slurm: Parameter "mem_gb" expected type'),
+        ("cluster=elsewhere,timeout_min=3", "--slurm: AutoExecutor doesn't know any executor nam"),
         ("timeout_min=5", '--slurm: Could not detect "srun", are you indeed on a slurm cluster'),
     ],
 )

@@ -140,6 +140,10 @@ def test_rows_of_several_fields_stand_in_groups():
         "| 100 | T | 1.0 |",
         "| 100 | A | **50.0** |",
     ]
+    # 50 % is the best of 100 pairs though there is better below.
+    better = grid_of(assigned, lambda f: outcome(0.5 + f["data.n_pairs"] / 1e4), spec)
+    lines = table.to_markdown(better).splitlines()
+    assert lines[3] == "| 100 | A | **51.0** |" and lines[6] == "| 1000 | A | **60.0** |"
     assert table.to_latex(grid).count("\\addlinespace") == 1
 
 
@@ -153,6 +157,16 @@ def test_all_that_tie_when_rounded_are_bold_and_lower_may_be_better():
         ["| sail_semi".replace("_", "\\_"), "**12.3**", "0.8774", "**7.356** |"],
         ["| sotalign", "**12.3**", "0.8768", "7.392 |"],
     ]
+
+
+def test_rows_of_reference_are_never_bold():
+    values = {"sail": 0.2, "sail_semi": 0.3, "sotalign": 0.9}
+    assigned = hyper.sweep("objective", list(values))
+    spec = {"rows": "objective", "reference_rows": "sotalign"}
+    text = table.to_markdown(grid_of(assigned, lambda f: outcome(values[f["objective"]]), spec))
+    assert "| sail\\_semi | **30.0** |" in text and "| sotalign | 90.0 |" in text
+    with pytest.raises(ConfigError, match="reference_rows: 'sial' is no value of objective"):
+        grid_of(assigned, lambda f: None, spec | {"reference_rows": ["sial"]})
 
 
 # ---- what is missing
