@@ -128,6 +128,8 @@ class _WandB:
             id=_run_id(workdir),
             resume="allow",
             config=config,
+            # Runs that are trained together are open together; by default, all would be the first.
+            reinit="create_new",
         )
 
     def write(self, step: int, metrics: dict[str, float]) -> None:

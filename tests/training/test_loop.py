@@ -365,22 +365,42 @@ def test_tensorboard_gets_event_files(tmp_path):
     assert b"train/loss" in events.read_bytes() and b"val/mean_recall_1" in events.read_bytes()
 
 
-class FakeWandB(types.ModuleType):
+class FakeWandBRun:
     """Records what it is called with."""
 
-    def __init__(self):
-        super().__init__("wandb")
-        self.starts, self.logged, self.finished = [], [], 0
-
-    def init(self, **options):
-        self.starts.append(options)
-        return self
+    def __init__(self, options):
+        self.options = options
+        self.logged, self.finished = [], 0
 
     def log(self, metrics, step):
+        assert not self.finished, "a run that is finished takes no more records"
         self.logged.append((step, metrics))
 
     def finish(self):
         self.finished += 1
+
+
+class FakeWandB(types.ModuleType):
+    """Hands out runs as W&B does: the one that is open, unless told to make another."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.runs = []
+
+    def init(self, *, reinit="default", **options):
+        opened = [run for run in self.runs if not run.finished]
+        if opened and reinit != "create_new":
+            return opened[-1]
+        self.runs.append(FakeWandBRun(options))
+        return self.runs[-1]
+
+    @property
+    def starts(self):
+        return [run.options for run in self.runs]
+
+    @property
+    def logged(self):
+        return [record for run in self.runs for record in run.logged]
 
 
 def test_wandb_gets_every_record_and_one_id_a_workdir(tmp_path, monkeypatch):
@@ -391,13 +411,29 @@ def test_wandb_gets_every_record_and_one_id_a_workdir(tmp_path, monkeypatch):
     shortly(config, tmp_path / "a" / "run")
     assert [step for step, _ in wandb.logged] == [10, 20, 20, 30, 40]
     assert wandb.logged[1][1]["train/loss"] == wandb.logged[2][1]["train/loss"]
-    assert wandb.finished == 2
+    assert [run.finished for run in wandb.runs] == [1, 1]
     first, second = wandb.starts
     assert first["id"] == second["id"] and first["resume"] == "allow"
     assert first["project"] == "my-project" and first["config"]["steps"] == 40
     # Another run of the same folder name is another run.
     shortly(config, tmp_path / "b" / "run")
     assert wandb.starts[2]["id"] != first["id"]
+
+
+def test_runs_that_are_trained_together_are_runs_of_their_own_in_wandb(tmp_path, monkeypatch):
+    wandb = FakeWandB()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    configs = [sail(metrics__wandb="my-project", seed=seed) for seed in (0, 1)]
+    paths = [tmp_path / "a", tmp_path / "b"]
+    outcomes = training.train_many(configs, paths, quiet=True, inputs=[shared_inputs()] * 2)
+    assert not any(isinstance(outcome, BaseException) for outcome in outcomes)
+    assert [run.options["name"] for run in wandb.runs] == ["a", "b"]
+    assert [run.finished for run in wandb.runs] == [1, 1]
+    for run, path in zip(wandb.runs, paths, strict=True):
+        assert run.options["id"] == (path / "wandb_id").read_text()
+        assert [step for step, _ in run.logged] == [10, 20, 30, 40]
+        kept = [record["train/loss"] for record in records(path)]
+        assert [metrics["train/loss"] for _, metrics in run.logged] == kept
 
 
 @pytest.mark.parametrize(
