@@ -10,7 +10,12 @@ from sotalign_jax.reports.curves import training_figures
 from sotalign_jax.reports.examples import examples_of
 from sotalign_jax.reports.markup import Markup, fold, page, section, table, tag
 from sotalign_jax.reports.runs import Run
-from sotalign_jax.reports.tables import retrieval_tables, show_value
+from sotalign_jax.reports.tables import (
+    retrieval_tables,
+    shorten_paths,
+    show_command,
+    show_value,
+)
 
 __all__ = ["config_fold", "run_page"]
 
@@ -103,9 +108,10 @@ def _examples(run: Run, problems: list[str]) -> Markup:
         reason = " ".join(str(error).split())
         if run.results is not None:
             problems.append(f"no examples of retrieval: {reason}")
-        return section(heading, tag("p", f"Not shown: {reason}.", class_="note"))
+        shown = shorten_paths(reason, run.path)
+        return section(heading, tag("p", f"Not shown: {shown}.", class_="note"))
     problems += found
-    notes = [tag("p", problem, class_="note") for problem in found]
+    notes = [tag("p", shorten_paths(problem, run.path), class_="note") for problem in found]
     return section(heading, *parts, *notes)
 
 
@@ -123,7 +129,7 @@ def config_fold(config: Mapping[str, Any]) -> Markup:
 
     def row(name: str) -> tuple[Markup, str, str]:
         default = show_value(defaults[name]) if name in defaults else "no such field by default"
-        return tag("code", name), show_value(recorded[name]), default
+        return tag("code", name), shorten_paths(show_value(recorded[name])), default
 
     return tag(
         "div",
@@ -150,7 +156,7 @@ def _provenance(run: Run) -> Markup:
         ("Python", str(last.get("python", "?"))),
         *((name, str(version)) for name, version in dict(last.get("versions") or {}).items()),
         ("platform", str(last.get("platform", "?"))),
-        ("command", tag("code", " ".join(map(str, last.get("command") or [])))),
+        ("command", tag("code", show_command(last.get("command") or []))),
     ]
     starts = [
         (

@@ -19,7 +19,14 @@ from sotalign_jax.reports.points import (
     common_teacher,
     is_numeric,
 )
-from sotalign_jax.reports.tables import METRICS, heading, headings, mean_and_spread, show_value
+from sotalign_jax.reports.tables import (
+    METRICS,
+    heading,
+    headings,
+    mean_and_spread,
+    shorten_paths,
+    show_value,
+)
 
 __all__ = ["sweep_page"]
 
@@ -144,7 +151,9 @@ def _written(points: Points) -> Iterator[Markup]:
             if metric in published:
                 yield _number(metric, paper) if (paper := line.get("paper")) else ""
         if choices:
-            yield next((line["chosen"] for line in of.values() if line["chosen"]), "")
+            yield shorten_paths(
+                next((line["chosen"] for line in of.values() if line["chosen"]), "")
+            )
 
     heads = [_axis(key) for key in keys]
     for metric in metrics:
@@ -380,7 +389,7 @@ def _point_table(points: Points) -> Markup:
         return [
             tag("a", str(number), href=f"#{_anchor(first)}"),
             *(show_value(value) if value is not None else "" for value in values),
-            tag("span", point.state, title=point.failure or None),
+            tag("span", point.state, title=_failure(point) or None),
             tag("code", Path(*point.path.parts[-2:])),
             *recalls,
             f"{results['selected_step']:,}" if "selected_step" in results else "",
@@ -409,7 +418,7 @@ def _details(points: Points) -> Iterator[Markup]:
     yield tag("h3", "What differs")
     yield tag("div", *cards, class_="points")
     if shared:
-        rows = [(tag("code", name), show_value(value)) for name, value in shared.items()]
+        rows = [_field(name, value) for name, value in shared.items()]
         heads = ["field", "value"]
         yield fold(f"{len(rows)} fields that all runs share", table(heads, rows, text=2))
 
@@ -420,9 +429,9 @@ def _card(points: Points, members: Sequence[Point], shared: Mapping[str, Any]) -
     title = [show_value(v) for axis in points.axes if (v := point.given.get(axis)) is not None]
     fields = {name: v for name, v in point.given.items() if not name.startswith(LABEL)}
     own = {n: v for n, v in {**fields, **point.config}.items() if n not in (*shared, SEED)}
-    rows = [(tag("code", name), show_value(value)) for name, value in own.items()]
+    rows = [_field(name, value) for name, value in own.items()]
     failures = [
-        tag("p", f"seed {show_value(one.seed)} failed: {one.failure}", class_="down")
+        tag("p", f"seed {show_value(one.seed)} failed: {_failure(one)}", class_="down")
         for one in members
         if one.failure and one.results is None
     ]
@@ -433,6 +442,14 @@ def _card(points: Points, members: Sequence[Point], shared: Mapping[str, Any]) -
         *failures,
         id=_anchor(members[0]),
     )
+
+
+def _field(name: str, value: Any) -> tuple[Markup, str]:
+    return tag("code", name), shorten_paths(show_value(value))
+
+
+def _failure(point: Point) -> str:
+    return shorten_paths(point.failure, point.path)
 
 
 def _anchor(point: Point) -> str:

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from sotalign_jax.reports.markup import Markup, table, tag
 
-__all__ = ["METRICS", "heading", "headings", "mean_and_spread", "retrieval_tables", "show_value"]
+__all__ = [
+    "METRICS",
+    "heading",
+    "headings",
+    "mean_and_spread",
+    "retrieval_tables",
+    "shorten_paths",
+    "show_command",
+    "show_value",
+]
 
 _KS = (1, 5, 10)
+# Two parts or more, from a slash that begins a word: neither "t2i/recall" nor "https://...".
+_ABSOLUTE = re.compile(r"""(?<![\w./…~])/(?:[^\s/'":;,()=]+/)+([^\s/'":;,()=]*)""")
 METRICS = tuple(f"{side}recall@{k}" for side in ("t2i/", "i2t/", "mean_") for k in _KS)
 
 
@@ -84,3 +97,32 @@ def show_value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "(" + ", ".join(map(show_value, value)) + ")"
     return str(value)
+
+
+def shorten_paths(text: str, directory: Path | None = None) -> str:
+    """A text without the places of this machine, since pages are passed on.
+
+    Args:
+        text: a message or a value.
+        directory: of the run; paths in it begin with its name.
+
+    Returns:
+        The text, absolute paths elsewhere shortened to their last part.
+    """
+    if directory is not None:
+        for place in (directory.absolute(), directory.resolve()):
+            text = text.replace(str(place), place.name)
+    return _ABSOLUTE.sub(lambda found: f"…/{found[1]}", text)
+
+
+def show_command(command: Sequence[object]) -> str:
+    """A command line for people, its program and absolute paths without their places."""
+
+    def shown(word: str) -> str:
+        name, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+        # As a whole, since a path may hold a space.
+        value = f"…/{Path(value).name}" if value.startswith("/") else shorten_paths(value)
+        return f"{name}{equals}{value}"
+
+    words = [str(word) for word in command]
+    return " ".join([*(Path(word).name for word in words[:1]), *map(shown, words[1:])])

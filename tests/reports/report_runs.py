@@ -17,7 +17,7 @@ from sotalign_jax.models import Aligner, LayerConfig
 METRICS = tuple(f"{side}recall@{k}" for side in ("t2i/", "i2t/", "mean_") for k in (1, 5, 10))
 PROVENANCE = {
     "time": "2026-01-02T03:04:05+0000",
-    "command": ["sotalign", "train"],
+    "command": ["/home/me/env/bin/sotalign", "train", "--workdir=/home/me/my runs/emoji"],
     "seed": 3,
     "sotalign_jax": "0.1.0",
     "python": "3.11.7",

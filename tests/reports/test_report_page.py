@@ -4,12 +4,13 @@ import builtins
 import json
 import re
 import shutil
+from pathlib import Path
 
 import matplotlib
 import pytest
 from report_runs import METRICS, Page, emoji_config, record, snapshot, write_run
 
-from sotalign_jax.reports import write_report
+from sotalign_jax.reports import tables, write_report
 from sotalign_jax.reports.curves import training_figures
 from sotalign_jax.reports.figures import COLOURS, figure
 from sotalign_jax.reports.markup import Markup, page, table, tag
@@ -124,6 +125,36 @@ def test_provenance_is_there(finished):
         "commit 0123456789ab, changed",
     ):
         assert word in text
+
+
+def test_no_place_of_the_machine_is_told(finished):
+    text = finished.page.read_text()
+    assert "sotalign train --workdir=…/emoji" in Page(text).text
+    assert "/home/me" not in text and str(finished.path.parent) not in text
+
+
+def test_what_is_not_shown_is_told_without_its_place(tmp_path):
+    config = emoji_config()
+    with config.unlocked():
+        config.data.files.image = "/home/me/my rows/image.npy"
+    path = write_run(tmp_path / "run", config)
+    (path / "aligner").mkdir()
+    (path / "aligner" / "aligner.json").write_text("{")
+    (path / "results.json").write_text("{}")
+    found, problems = report_of(path, tmp_path)
+    assert "Not shown: run/aligner" in found.text
+    assert str(tmp_path) not in found.text and "/home/me" not in found.text
+    assert str(path / "aligner") in problems[0]  # on the terminal, where it helps
+
+
+def test_paths_are_shortened_and_nothing_else():
+    shorten = tables.shorten_paths
+    text = "t2i/recall@1 and/or https://a.org/b/c, 1/2, /tmp, configs/sail.py"
+    assert shorten(text) == text
+    assert shorten("[Errno 2] No such file: '/a/b c/d.npy'", Path("/a/b c")) == (
+        "[Errno 2] No such file: 'b c/d.npy'"
+    )
+    assert shorten("x=/a/b/c.npy: bad; ('/d/e',)") == "x=…/c.npy: bad; ('…/e',)"
 
 
 def test_names_are_escaped_and_ids_unique(finished):

@@ -236,10 +236,12 @@ def test_a_failure_is_told(tmp_path):
     path = write_sweep(tmp_path / "home", [({}, {"loss.alpha": a}, None) for a in (0.1, 0.2)])
     (path / "points").mkdir()
     failed = path / "points" / "000000000002.failed.json"
-    failed.write_text(json.dumps({"message": "loss is <nan>"}))
+    failed.write_text(json.dumps({"message": f"{failed}: loss is <nan> in '/home/me/a.npy'"}))
     page = page_of(path, tmp_path)
     assert "0 of 2 runs finished, 1 failed" in page.text
-    assert "failed: loss is <nan>" in page.text
+    told = "000000000002.failed.json: loss is <nan> in '…/a.npy'"
+    assert f"failed: {told}" in page.text
+    assert told in [a.get("title") for a in page.all("span")]
     assert [row[3] for row in table_of(page, "directory")[1:]] == ["waiting", "failed"]
 
 
