@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sotalign_jax.config import flatten
+from sotalign_jax.sweeps.layout import lower_is_better
 from sotalign_jax.training.workdir import read_json
 
-__all__ = ["Group", "Point", "Points", "read_points"]
+__all__ = ["Choice", "Group", "Point", "Points", "read_points"]
 
 Scores = Mapping[str, float]
 
 SEED = "seed"
 LABEL = "label."
+# What is chosen by where nothing else was recorded.
+_SELECT = "val/mean_recall@1"
 # Columns of the table of a sweep that hold numbers.
 _NUMBERS = ("mean", "sd", "paper")
 
@@ -71,6 +75,8 @@ class Group:
         val: the same on validation.
         teacher: retrieval of the teachers of these runs, on the pairs of ``seeds``.
         wanted: how many seeds there will be.
+        chosen: whether it stands in the table for its cell, of which there may be more groups.
+        final: whether no run of its cell is missing.
     """
 
     values: tuple[Any, ...]
@@ -78,6 +84,8 @@ class Group:
     val: Mapping[Any, Scores]
     teacher: Mapping[Any, Scores]
     wanted: int
+    chosen: bool = True
+    final: bool = True
 
     @property
     def title(self) -> str:
@@ -87,6 +95,30 @@ class Group:
     def metric(self, name: str, split: Mapping[Any, Scores] | None = None) -> list[float]:
         """A metric of every finished seed that has it."""
         return [s[name] for s in (self.seeds if split is None else split).values() if name in s]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """How the table of a sweep chooses, as its ``sweep.json`` says.
+
+    Attributes:
+        cells: labels and fields of the rows and columns: every value is a cell.
+        select: metric of the validation pairs by which one group a cell is chosen; empty: there
+            is one.
+        over: the field that is averaged over.
+    """
+
+    cells: tuple[str, ...] = ()
+    select: str = ""
+    over: str = SEED
+
+    def preference(self, group: Group) -> tuple[int, float]:
+        """The larger, the better: first the fewest seeds missing, then validation."""
+        select = (self.select or _SELECT).removeprefix("val/")
+        values = group.metric(select, group.val)
+        sign = -1 if lower_is_better(select) else 1
+        score = sign * statistics.fmean(values) if values else float("-inf")
+        return len(group.seeds) - group.wanted, score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +132,7 @@ class Points:
         axes: labels and fields that tell the groups apart.
         more: rows of the tables that are no runs (the teacher of a comparison).
         records: what else was written down, by the name of its file.
+        choice: how one of several groups is chosen; None: not recorded.
     """
 
     kind: str
@@ -108,6 +141,7 @@ class Points:
     axes: tuple[str, ...]
     more: Sequence[Group]
     records: Mapping[str, Any]
+    choice: Choice | None = None
 
     @property
     def split(self) -> str:
@@ -125,7 +159,8 @@ class Points:
 
     def groups(self) -> list[Group]:
         """What stands beside the points, and the points without their seeds."""
-        groups = []
+        groups: list[Group] = []
+        cells: list[tuple[str, ...]] = []
         for some in self.alike():
             found = (
                 {p.seed: s for p in some if (s := p.scores(split)) is not None}
@@ -133,12 +168,38 @@ class Points:
             )
             values = tuple(some[0].given.get(axis) for axis in self.axes)
             groups.append(Group(values, *found, wanted=len({p.seed for p in some})))
+            cells.append(self.cell(some[0]))
+        groups = self._choose(groups, cells)
         shared = None if self.more else common_teacher(groups)
         if shared:
             values = ("teacher", *[None] * (len(self.axes) - 1))
             wanted = len({p.seed for p in self.points})
             groups.insert(0, Group(values, shared, {}, {}, wanted))
         return [*self.more, *groups]
+
+    def cell(self, point: Point) -> tuple[str, ...]:
+        """Points that compete for one cell of the table have this in common."""
+        names = self.choice.cells if self.choice and self.choice.select else self.axes
+        return tuple(repr(point.given.get(name)) for name in names)
+
+    def _choose(self, groups: Sequence[Group], cells: Sequence[tuple[str, ...]]) -> list[Group]:
+        """The groups with what they are in their cells: chosen on validation, and for good."""
+        choice = self.choice or Choice()
+        members: dict[tuple[str, ...], list[Group]] = {}
+        for cell, group in zip(cells, groups, strict=True):
+            members.setdefault(cell, []).append(group)
+        found = []
+        for cell, group in zip(cells, groups, strict=True):
+            others = members[cell]
+            # Of what is not averaged over seeds, the sweep's own table tells the choice.
+            chosen = len(others) == 1 or (
+                choice.over == SEED
+                and bool(group.seeds)
+                and group is max((g for g in others if g.seeds), key=choice.preference)
+            )
+            final = all(len(g.seeds) == g.wanted for g in others)
+            found.append(dataclasses.replace(group, chosen=chosen, final=final))
+        return found
 
 
 def common_teacher(groups: Iterable[Group]) -> dict[Any, Scores] | None:
@@ -199,7 +260,22 @@ def _sweep(directory: Path) -> Points:
     name = str(record.get("name") or directory.resolve().name)
     written = directory / "table.csv"
     records = {written.name: _lines(written)} if written.exists() else {}
-    return Points("sweep", name, points, _axes(points), (), records)
+    choice = _choice(record, directory / "sweep.json")
+    return Points("sweep", name, points, _axes(points), (), records, choice)
+
+
+def _choice(record: Mapping[str, Any], path: Path) -> Choice | None:
+    """How the table chooses; None in a record of an earlier version."""
+    if "layout" not in record:
+        return None
+    try:
+        layout = record["layout"]
+        cells = (*layout["rows"], *layout["columns"])
+        return Choice(cells, str(layout["select"]), str(layout["over"]))
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: layout: must hold rows, columns, select and over ({error})"
+        ) from None
 
 
 def _lines(path: Path) -> list[dict[str, str]]:
@@ -251,7 +327,8 @@ def _comparison(directory: Path, methods: Mapping[str, Any], seeds, teacher: str
             records[name] = _object(directory / name)
     name = directory.resolve().name
     axes = (f"{LABEL}method",)
-    return Points("comparison", name, points, axes, [g for g in more if g.seeds], records)
+    more = [group for group in more if group.seeds]
+    return Points("comparison", name, points, axes, more, records, Choice())
 
 
 def _point(path: Path, name: str, given: dict[str, Any]) -> Point:

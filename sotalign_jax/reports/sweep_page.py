@@ -13,6 +13,7 @@ from sotalign_jax.reports.markup import Markup, fold, page, section, table, tag
 from sotalign_jax.reports.points import (
     LABEL,
     SEED,
+    Choice,
     Group,
     Point,
     Points,
@@ -50,16 +51,26 @@ def sweep_page(points: Points) -> tuple[str, list[str]]:
     groups = points.groups()
     split = {"test": "test pairs", "val": "validation pairs"}[points.split]
     done = [group for group in groups if group.seeds]
+    chosen = [group for group in groups if group.chosen]
     parts = [_header(points)]
     if done:
         parts.append(
-            section("Retrieval", *_written(points), _table(points, groups, split), *_tuning(points))
+            section(
+                "Retrieval",
+                *_written(points),
+                _table(points, chosen, split) if chosen else None,
+                _candidates(points, groups) if len(chosen) < len(groups) else None,
+                *_tuning(points),
+            )
         )
         if points.kind == "comparison" and 2 <= len(done) <= _MOST_COMPARED:
             parts.append(section("Paired differences", *_differences(done)))
-        figures = list(_curves(points, done)) or list(_bars(done))
+        figures = list(_curves(points, done)) or list(_bars(points, [g for g in done if g.chosen]))
         if figures:
-            note = f"On the {split}; bands and whiskers: one standard deviation over seeds."
+            note = (
+                f"On the {split} where no others are named; bands and whiskers: one standard "
+                "deviation over seeds."
+            )
             parts.append(
                 section(
                     "Curves" if any(is_numeric(points.points, a) for a in points.axes) else "Runs",
@@ -95,39 +106,68 @@ def _axis(name: str) -> str:
     return name.removeprefix(LABEL)
 
 
-def _table(points: Points, groups: Sequence[Group], split: str) -> Markup:
+def _table(
+    points: Points, groups: Sequence[Group], pairs: str, *, split: str | None = None
+) -> Markup:
+    """Groups by recall: of those that are chosen on the split of the points, or on another one."""
+
+    def values_of(group: Group, metric: str) -> list[float]:
+        return group.metric(metric, group.val if split == "val" else None)
+
+    # What may still change is not the best, nor is what was not chosen; where it is not known
+    # whether rows were to be compared or to be chosen from, none is.
+    ranked = [] if split or points.choice is None else [g for g in groups if _whole(g)]
     best = {
         metric: max(
-            (statistics.fmean(v) for g in groups if (v := g.metric(metric))), default=float("nan")
+            (statistics.fmean(v) for g in ranked if (v := values_of(g, metric))),
+            default=float("nan"),
         )
         for metric in METRICS
     }
 
     def cell(group: Group, metric: str) -> object:
-        values = group.metric(metric)
+        values = values_of(group, metric)
         if not values:
             return "–"
         mean, spread = mean_and_spread(values)
         # All that read the same are best.
-        top = len(groups) > 1 and mean == f"{100 * best[metric]:.1f}"
+        top = len(ranked) > 1 and group in ranked and mean == f"{100 * best[metric]:.1f}"
         small = tag("small", f" ±{spread}", class_="soft") if spread else None
         return tag("span", tag("b", mean) if top else mean, small)
 
     def row(group: Group) -> list[object]:
-        count = str(len(group.seeds))
-        if len(group.seeds) < group.wanted:
-            count += f" of {group.wanted}"
         values = [show_value(v) if v is not None else "" for v in group.values] or ["all"]
-        return [*values, *(cell(group, metric) for metric in METRICS), count]
+        more = ["chosen" if group.chosen else ""] if split else []
+        return [*values, *(cell(group, metric) for metric in METRICS), _count(group), *more]
 
     axes = [_axis(axis) for axis in points.axes] or [""]
     spread = ", mean ± standard deviation over seeds" if _several_seeds(groups) else ""
+    bold = "; the best in bold, of those with no run missing" if len(ranked) > 1 else ""
     return table(
-        [*axes, *headings(), "seeds"],
+        [*axes, *headings(), "seeds", *(["in the table"] if split else [])],
         map(row, groups),
-        caption=f"Recall on the {split}, in percent{spread}; the best in bold",
+        caption=f"Recall on the {pairs}, in percent{spread}{bold}",
         text=len(axes),
     )
+
+
+def _candidates(points: Points, groups: Sequence[Group]) -> Markup:
+    """What was chosen from, on what it was chosen on."""
+    select = points.choice.select if points.choice else ""
+    competing = [group for group in groups if group.val or group.wanted > len(group.seeds)]
+    return fold(
+        f"what was chosen from, by {select}",
+        _table(points, competing, "validation pairs", split="val"),
+    )
+
+
+def _whole(group: Group) -> bool:
+    return group.final and len(group.seeds) == group.wanted
+
+
+def _count(group: Group) -> str:
+    count = str(len(group.seeds))
+    return count if len(group.seeds) == group.wanted else f"{count} of {group.wanted}"
 
 
 def _written(points: Points) -> Iterator[Markup]:
@@ -240,11 +280,25 @@ def _curves(points: Points, groups: Sequence[Group]) -> Iterator[Markup]:
     for place, axis in enumerate(points.axes):
         if not is_numeric(points.points, axis):
             continue
-        lines, note = _lines(points, groups, place)
+        # What was chosen among is shown on what it was chosen on.
+        among = _chosen_among(points, place)
+        some = groups if among else [group for group in groups if group.chosen]
+        lines, note = _lines(points, some, place)
         if not any(len(line) > 1 for line in lines.values()):
             continue
+        if among:
+            note = f"on the validation pairs{'; ' if note else ''}{note}"
         for metric in _DRAWN:
-            yield _curve(axis, metric, lines, note)
+            yield _curve(axis, metric, lines, note, validation=among)
+
+
+def _chosen_among(points: Points, place: int) -> bool:
+    """Whether several values of an axis compete for one cell of the table."""
+    axis = points.axes[place]
+    values: dict[tuple[str, ...], set[str]] = {}
+    for point in points.points:
+        values.setdefault(points.cell(point), set()).add(repr(point.given.get(axis)))
+    return any(len(some) > 1 for some in values.values())
 
 
 def _lines(
@@ -255,6 +309,8 @@ def _lines(
     Where that makes too many lines, the other numbers are chosen on validation.
     """
 
+    prefer = (points.choice or Choice()).preference
+
     def by(keep: Sequence[int]) -> dict[str, dict[Any, Group]]:
         lines: dict[str, dict[Any, Group]] = {}
         for group in groups:
@@ -263,7 +319,7 @@ def _lines(
                 continue  # was not given this field, as a teacher
             name = ", ".join(show_value(v) for i in keep if (v := group.values[i]) is not None)
             line = lines.setdefault(name, {})
-            if x not in line or _on_validation(group) > _on_validation(line[x]):
+            if x not in line or prefer(group) > prefer(line[x]):
                 line[x] = group
         return lines
 
@@ -276,24 +332,29 @@ def _lines(
     lines = by(names)
     note = f"{', '.join(chosen)} chosen on validation" if chosen else ""
     if len(lines) > _MOST_LINES:
-        best = sorted(lines, key=lambda name: -max(map(_on_validation, lines[name].values())))
+        best = sorted(lines, key=lambda name: max(map(prefer, lines[name].values())), reverse=True)
         lines = {name: lines[name] for name in lines if name in best[:_MOST_LINES]}
         note += f"{'; ' if note else ''}the best {_MOST_LINES} of {len(best)} lines"
     return lines, note
 
 
-def _on_validation(group: Group) -> float:
-    values = group.metric(_DRAWN[0], group.val)
-    return statistics.fmean(values) if values else float("-inf")
+def _curve(
+    axis: str,
+    metric: str,
+    lines: Mapping[str, Mapping[Any, Group]],
+    note: str,
+    *,
+    validation: bool,
+) -> Markup:
+    def values_of(group: Group) -> list[float]:
+        return group.metric(metric, group.val if validation else None)
 
-
-def _curve(axis: str, metric: str, lines: Mapping[str, Mapping[Any, Group]], note: str) -> Markup:
     def draw(axes: Any) -> None:
         numbers: set[Any] = set()
         for colour, (name, line) in zip(COLOURS, lines.items(), strict=False):
-            x = sorted(number for number, group in line.items() if group.metric(metric))
+            x = sorted(number for number, group in line.items() if values_of(group))
             numbers |= set(x)
-            values = [[100 * v for v in line[number].metric(metric)] for number in x]
+            values = [[100 * v for v in values_of(line[number])] for number in x]
             means = [statistics.fmean(v) for v in values]
             spreads = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
             axes.plot(x, means, color=colour, marker="o", label=name or None)
@@ -301,7 +362,8 @@ def _curve(axis: str, metric: str, lines: Mapping[str, Mapping[Any, Group]], not
                 [m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1)
             )
             axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-        teacher = _teachers(lines)
+        # Of the teachers, what is at hand is on the pairs of the table.
+        teacher = {} if validation else _teachers(lines)
         x = sorted(n for n in teacher if all(metric in s for s in teacher[n].values()))
         if x:
             means = [100 * statistics.fmean(s[metric] for s in teacher[n].values()) for n in x]
@@ -340,12 +402,14 @@ def _scale(axes: Any, numbers: set[Any]) -> None:
         axes.set_xscale("symlog", linthresh=min(positive))
 
 
-def _bars(groups: Sequence[Group]) -> Iterator[Markup]:
-    """A dot a seed, a line at the mean; the best on top."""
+def _bars(points: Points, groups: Sequence[Group]) -> Iterator[Markup]:
+    """A dot a seed, a line at the mean; the best on top. Of too many, the best on validation."""
+    prefer = (points.choice or Choice()).preference
+    # A teacher may have no scores there, and stays.
+    kept = sorted(groups, key=lambda g: (not g.val, prefer(g)), reverse=True)[:_MOST_BARS]
     for metric in _DRAWN:
-        having = [group for group in groups if group.metric(metric)]
+        having = [group for group in kept if group.metric(metric)]
         ranked = sorted(having, key=lambda group: statistics.fmean(group.metric(metric)))
-        ranked = ranked[-_MOST_BARS:]
         if len(ranked) < 2:
             continue
 
@@ -379,7 +443,9 @@ def _short(title: str, most: int = 40) -> str:
 
 
 def _point_table(points: Points) -> Markup:
-    split = points.split
+    # Beside its neighbours, a point that was not chosen would be picked on test.
+    several = any(not group.chosen for group in points.groups())
+    split = "val" if several else points.split
 
     def row(number: int, point: Point, first: Point) -> list[object]:
         scores = point.scores(split) or {}
@@ -398,7 +464,8 @@ def _point_table(points: Points) -> Markup:
 
     firsts = {point.name: members[0] for members in points.alike() for point in members}
     rows = [row(number, p, firsts[p.name]) for number, p in enumerate(points.points, 1)]
-    recalls = [f"mean R@{metric.split('@')[1]}" for metric in _DRAWN]
+    about = "val mean" if several else "mean"
+    recalls = [f"{about} R@{metric.split('@')[1]}" for metric in _DRAWN]
     axes = [_axis(axis) for axis in points.axes]
     return table(
         ["", *axes, "seed", "state", "directory", *recalls, "step", "time"],

@@ -336,6 +336,10 @@ class SweepDir:
                 "name": sweep.name,
                 "source": sweep.source,
                 "overrides": sweep.overrides,
+                "layout": {
+                    name: getattr(sweep.layout, name)
+                    for name in ("rows", "columns", "select", "over")
+                },
                 "points": points,
                 "earlier": list({point["key"]: point for point in earlier}.values()),
                 "sotalign_jax": about["sotalign_jax"],

@@ -158,7 +158,9 @@ def write_comparison(path: Path, values: dict[str, dict[int, float | None]], **m
     return path
 
 
-def write_sweep(path: Path, points: list[tuple[dict, dict, float | None]]) -> Path:
+def write_sweep(
+    path: Path, points: list[tuple[dict, dict, float | None]], layout: dict | None = None
+) -> Path:
     """Labels, fields and recall of every point; those without a recall were not started."""
     listed = []
     for number, (labels, fields, value) in enumerate(points, 1):
@@ -168,7 +170,10 @@ def write_sweep(path: Path, points: list[tuple[dict, dict, float | None]]) -> Pa
             config = emoji_config(**{name.replace(".", "__"): v for name, v in fields.items()})
             write_point(path / "points" / key, config, value)
     path.mkdir(parents=True, exist_ok=True)
-    (path / "sweep.json").write_text(json.dumps({"name": "ablation", "points": listed}))
+    record = {"name": "ablation", "points": listed}
+    if layout is not None:
+        record["layout"] = {"columns": [], "over": "seed", "select": ""} | layout
+    (path / "sweep.json").write_text(json.dumps(record))
     return path
 
 

@@ -7,9 +7,8 @@ import pytest
 import tiny_sweep
 from report_runs import Page, emoji_config, scores, write_comparison, write_run, write_sweep
 
-from sotalign_jax.reports import write_report
-from sotalign_jax.reports.points import read_points
-from sotalign_jax.reports.sweep_page import _teachers
+from sotalign_jax.reports import sweep_page, write_report
+from sotalign_jax.reports.points import Choice, read_points
 from sotalign_jax.sweeps.points import SweepDir, load_sweep
 
 
@@ -133,6 +132,7 @@ def test_the_record_of_a_sweep_is_read_as_it_is_written(tmp_path):
     assert [p.given for p in points.points] == [
         label | p.fields for label, p in zip(labels, sweep.points, strict=True)
     ]
+    assert points.choice == Choice(("label.method",), "val/mean_recall@1", "seed")
     # The steps are told by the method.
     assert points.axes == ("label.method", "optimizer.learning_rate")
     assert [group.title for group in points.groups()] == ["slow", "fast, 0.001", "fast, 0.01"]
@@ -203,12 +203,12 @@ def test_teachers_that_differ_are_a_line_where_there_is_one_at_each_number(tmp_p
     groups = read_points(path).groups()
     assert [group.values for group in groups] == [(10,), (100,)]  # and no row for a teacher
     lines = {"": {group.values[0]: group for group in groups}}
-    taught = _teachers(lines)
+    taught = sweep_page._teachers(lines)
     assert [taught[n][s]["t2i/recall@1"] for n in (10, 100) for s in (0, 1)] == pytest.approx(
         [0.1, 0.2, 0.3, 0.4]
     )
     two = lines | {"other": {10: groups[1]}}
-    assert _teachers(two) == {}
+    assert sweep_page._teachers(two) == {}
 
 
 def test_the_table_that_a_sweep_wrote_is_shown(tmp_path):
@@ -230,6 +230,86 @@ def test_the_table_that_a_sweep_wrote_is_shown(tmp_path):
         (path / "table.csv").write_text(text)
         with pytest.raises(ValueError, match=r"table.csv: not the table of a sweep"):
             write_report(path, tmp_path / "page.html")
+
+
+def set_val(path, value):
+    """Gives a run other recalls on validation than `write_point` did."""
+    results = json.loads((path / "results.json").read_text())
+    results["val"] = scores(value)
+    (path / "results.json").write_text(json.dumps(results))
+
+
+def test_test_recall_is_shown_of_what_was_chosen_on_validation(tmp_path):
+    # On test alpha 0.2 is ahead, on validation 0.1; a third one has one lucky seed of two.
+    recall = {0.1: 0.5, 0.2: 0.8, 0.3: 0.9}
+    points = [
+        ({"method": "ours"}, {"loss.alpha": a, "seed": s}, None if (a, s) == (0.3, 1) else v)
+        for a, v in recall.items()
+        for s in (0, 1)
+    ]
+    points += [({"method": "plain"}, {"loss.alpha": 0.0, "seed": s}, 0.4) for s in (0, 1)]
+    layout = {"rows": ["label.method"], "select": "val/mean_recall@1"}
+    path = write_sweep(tmp_path / "home", points, layout)
+    for number, val in enumerate((0.7, 0.7, 0.6, 0.6, 0.9), 1):
+        set_val(path / "points" / f"{number:012x}", val)
+    page = page_of(path, tmp_path)
+    table, candidates = (t for t in page.tables if "seeds" in t[0])
+    assert [row[:3] for row in table[1:]] == [
+        ["teacher", "", "25.0 ±0.0"],
+        ["ours", "0.1", "50.0 ±0.0"],
+        ["plain", "0", "40.0 ±0.0"],
+    ]
+    assert [[*row[1:3], *row[-2:]] for row in candidates[1:]] == [
+        ["0.1", "70.0 ±0.0", "2", "chosen"],
+        ["0.2", "60.0 ±0.0", "2", ""],
+        ["0.3", "90.0", "1 of 2", ""],
+        ["0", "20.0 ±0.0", "2", "chosen"],
+    ]
+    # Neither curves nor points tell the test recall of what was not chosen.
+    assert "80.0" not in page.text and "on the validation pairs" in page.text
+    heads = next(t for t in page.tables if "directory" in t[0])[0]
+    assert "val mean R@1" in heads and "mean R@1" not in heads
+
+
+def test_what_is_chosen_by_may_be_better_if_smaller(tmp_path):
+    points = [({"method": "ours"}, {"loss.alpha": a}, 0.5) for a in (0.1, 0.2)]
+    layout = {"rows": ["label.method"], "select": "val/foscttm"}
+    path = write_sweep(tmp_path / "home", points, layout)
+    for number, foscttm in ((1, 0.3), (2, 0.2)):
+        file = path / "points" / f"{number:012x}" / "results.json"
+        results = json.loads(file.read_text())
+        results["val"] |= {"foscttm": foscttm, "mean_recall@1": foscttm}
+        file.write_text(json.dumps(results))
+    points = read_points(path)
+    assert points is not None
+    assert [(g.values, g.chosen) for g in points.groups() if g.val] == [
+        ((0.1,), False),
+        ((0.2,), True),
+    ]
+
+
+def test_bold_is_for_rows_with_no_run_missing(tmp_path):
+    points = [
+        ({"method": name}, {"seed": s}, None if name == "c" and s else value)
+        for name, value in (("a", 0.3), ("b", 0.4), ("c", 0.5))
+        for s in (0, 1)
+    ]
+    for layout, bold in (({"rows": ["label.method"]}, {"40.0"}), (None, set())):
+        folder = tmp_path / str(bool(layout))
+        page_of(write_sweep(folder / "home", points, layout), folder)
+        found = re.findall(r"<b>([\d.]+)</b>", (folder / "page.html").read_text())
+        assert set(found) == bold
+
+
+def test_of_too_many_bars_the_best_on_validation_remain(tmp_path):
+    points = [({"method": f"m{i:02}"}, {}, (i + 1) / 100) for i in range(42)]
+    path = write_sweep(tmp_path / "home", points, {"rows": ["label.method"]})
+    for i in range(42):  # the other way round
+        set_val(path / "points" / f"{i + 1:012x}", (50 - i) / 100)
+    page_of(path, tmp_path)
+    svg = (tmp_path / "page.html").read_text().split("<svg")[1]
+    names = set(re.findall(r">(m\d\d)</text>", svg))
+    assert {"m00", "m30"} <= names and not {"m40", "m41"} & names
 
 
 def test_a_failure_is_told(tmp_path):
@@ -257,6 +337,36 @@ def test_of_too_many_lines_the_best_on_validation_remain(tmp_path):
     titles = [a["aria-label"] for a in page.all("svg")]
     assert titles[0] == "Mean R@1 against data.n_pairs" and len(titles) == 4
     assert "optimizer.learning_rate chosen on validation" in page.text
+
+
+def test_curves_choose_as_the_table_does_and_prefer_whole_groups(tmp_path, monkeypatch):
+    # By `select` the rate 0.2 is best; 0.3 has one lucky seed of two; mean_recall@1 prefers 0.1.
+    rates = {0.1: (0.6, 0.3), 0.2: (0.4, 0.5), 0.3: (0.9, 0.9)}
+    points = [
+        ({}, {"data.n_pairs": n, "optimizer.learning_rate": r, "seed": s}, r + n / 1000)
+        for n in (10, 100)
+        for r in rates
+        for s in (0, 1)
+    ]
+    points = [(*p[:2], None) if p[1]["seed"] and i % 6 > 3 else p for i, p in enumerate(points)]
+    layout = {"rows": ["data.n_pairs"], "select": "val/mean_recall@10"}
+    path = write_sweep(tmp_path / "home", points, layout)
+    for number, (_, fields, value) in enumerate(points, 1):
+        if value is not None:
+            file = path / "points" / f"{number:012x}" / "results.json"
+            results = json.loads(file.read_text())
+            ones, tens = rates[fields["optimizer.learning_rate"]]
+            results["val"] |= {"mean_recall@1": ones, "mean_recall@10": tens}
+            file.write_text(json.dumps(results))
+    points = read_points(path)
+    assert points is not None
+    place = points.axes.index("data.n_pairs")
+    monkeypatch.setattr(sweep_page, "_MOST_LINES", 2)  # of the three rates
+    lines, note = sweep_page._lines(points, points.groups(), place)
+    assert note == "optimizer.learning_rate chosen on validation"
+    (line,) = lines.values()
+    rate = points.axes.index("optimizer.learning_rate")
+    assert {n: group.values[rate] for n, group in line.items()} == {10: 0.2, 100: 0.2}
 
 
 def test_a_zero_among_powers_has_its_place(tmp_path):
@@ -293,6 +403,7 @@ def test_a_sweep_without_test_pairs_is_about_validation(tmp_path):
         ("[]", "sweep.json: must hold a JSON object, got list"),
         ('{"points": [{"key": "a"}]}', "a point lacks its key, labels or fields"),
         ("{}", "a point lacks its key, labels or fields"),
+        ('{"points": [], "layout": {"rows": []}}', "layout: must hold rows, columns, select"),
     ],
 )
 def test_a_broken_record_is_named(record, message, tmp_path):
