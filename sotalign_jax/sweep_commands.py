@@ -10,6 +10,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from sotalign_jax.config import ConfigError
@@ -123,7 +124,7 @@ def status(sweep: Sweep, workdir: str, console: Console | None = None) -> dict[s
     home = SweepDir(workdir)
     home.recorded()
     home.check(sweep)
-    shown = Table(title=f"{sweep.name} in {workdir}", title_justify="left")
+    shown = Table(title=escape(f"{sweep.name} in {workdir}"), title_justify="left")
     for name in ("", "key", "point", "state", "step", "val", "test"):
         shown.add_column(name, justify="right" if name in ("", "step", "val", "test") else "left")
     counts: dict[str, int] = {}
@@ -135,7 +136,7 @@ def status(sweep: Sweep, workdir: str, console: Console | None = None) -> dict[s
             for part in ("val", "test")
         ]
         done = f"{home.step(point.key)}/{point.config.steps}" if state != "waiting" else ""
-        shown.add_row(str(point.number), point.key, point.title, state, done, *scores)
+        shown.add_row(str(point.number), point.key, escape(point.title), state, done, *scores)
     for key in sweep.runs():
         counts[home.state(key)] = counts.get(home.state(key), 0) + 1
     shown.caption = "val, test: mean recall@1 in percent"
@@ -160,7 +161,7 @@ def table(
     home.recorded()
     grid, paths = formats.write_tables(sweep, home, paper=paper)
     console.print(formats.to_console(grid, paper=paper))
-    for note in formats.notes(grid):
+    for note in formats.notes(grid, paper=paper):
         _say(console, note)
     _say(console, f"written: {', '.join(map(str, paths))}")
     return paths

@@ -179,7 +179,7 @@ def _written(points: Points) -> Iterator[Markup]:
     keys = names[: names.index("metric")]
     metrics = list(dict.fromkeys(line["metric"] for line in lines))
     choices = any(line["chosen"] for line in lines)
-    published = {line["metric"] for line in lines if line["paper"]}
+    published = {line["metric"] for line in lines if line.get("paper")}
     rows: dict[tuple[str, ...], dict[str, Mapping[str, str]]] = {}
     for line in lines:
         rows.setdefault(tuple(line[key] for key in keys), {})[line["metric"]] = line

@@ -23,6 +23,7 @@ __all__ = [
     "collect",
     "is_percent",
     "lower_is_better",
+    "wrapped",
 ]
 
 _TEACHER = "teacher_"
@@ -32,6 +33,12 @@ _OF_THE_RUN = ("seconds", *NEITHER_IS_BETTER)
 # What the teacher of a run is a function of.
 _OF_THE_TEACHER = ("data.", "teacher.", "seed")
 _LOWER_IS_BETTER = ("foscttm", "median_rank", "seconds")
+
+# Of every part of a run's results, see `sotalign_jax.evaluation.retrieval`.
+_METRICS = (
+    *(f"{side}recall@{k}" for side in ("mean_", "t2i/", "i2t/") for k in (1, 5, 10)),
+    *("t2i/median_rank", "i2t/median_rank", "foscttm", "n_images", "n_texts"),
+)
 
 Key = tuple[Any, ...]
 Results = Callable[[str], Mapping[str, Any] | None]
@@ -61,6 +68,7 @@ class Layout:
         decimals: of recalls and accuracies in percent.
         plot: ``{"x": FIELD, "metric": METRIC}`` of the plot, which has a line for every value of
             the rows (but for ``x`` itself); no metric: the last of ``metrics``.
+        arg: the argument that the file was loaded with; not a key of the dict.
     """
 
     rows: tuple[str, ...]
@@ -75,17 +83,18 @@ class Layout:
     caption: str = ""
     decimals: int = 1
     plot: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    arg: str = ""
 
     @classmethod
-    def of(cls, spec: Any) -> Layout:
-        """From what ``get_table()`` returned.
+    def of(cls, spec: Any, arg: str | None = None) -> Layout:
+        """From what ``get_table()`` returned, of a file loaded with an argument.
 
         Raises:
             ConfigError: an unknown key, a missing one, or a value of the wrong kind.
         """
         if not isinstance(spec, Mapping):
             raise ConfigError(f"get_table: must return a dict, got {spec!r}")
-        known = {field.name: field for field in dataclasses.fields(cls)}
+        known = {field.name: field for field in dataclasses.fields(cls) if field.name != "arg"}
         for name in spec:
             if name not in known:
                 raise ConfigError(f"get_table: {name!r}: no such key{_near(str(name), known)}")
@@ -109,8 +118,18 @@ class Layout:
         for name in ("teacher_rows", "paper", "names", "plot"):
             if not isinstance(given.get(name, {}), Mapping):
                 raise ConfigError(f"get_table: {name}: must be a dict, got {given[name]!r}")
-        layout = cls(**given)
+        decimals = given.get("decimals", 1)
+        if isinstance(decimals, bool) or not isinstance(decimals, int) or decimals < 0:
+            raise ConfigError(
+                f"get_table: decimals: must be a whole number, not negative, got {decimals!r}"
+            )
+        for text in given.get("names", {}).values():
+            if not isinstance(text, str):
+                raise ConfigError(f"get_table: names: a heading must be text, got {text!r}")
+        layout = cls(**given, arg=arg or "")
         layout._check_names()
+        layout._check_paper()
+        layout._check_texts()
         return layout
 
     def _check_names(self) -> None:
@@ -120,12 +139,16 @@ class Layout:
             if not name.startswith(LABEL) and name not in known:
                 raise ConfigError(f"get_table: {name}: no such field{_near(name, known)}")
         shown = [self.plot["metric"]] if "metric" in self.plot else []
-        for name in (*self.metrics, *shown):
+        for name in (*self.metrics, *shown, *filter(None, [self.select])):
             if not name.startswith(_SPLITS) and name not in _OF_THE_RUN:
                 raise ConfigError(
                     f"get_table: {name}: must begin with one of {', '.join(_SPLITS)} or be one of "
                     f"{', '.join(_OF_THE_RUN)}"
                 )
+            metric = name.partition("/")[2]
+            if metric and metric not in _METRICS:
+                near = _near(metric, _METRICS) or f"; there are {', '.join(_METRICS)}"
+                raise ConfigError(f"get_table: {name}: no such metric{near}")
         if self.select and not self.select.startswith("val/"):
             raise ConfigError(
                 f"get_table: select: must be a metric of the validation pairs, as "
@@ -136,12 +159,55 @@ class Layout:
                 f"get_table: plot: must be {{'x': FIELD}} or {{'x': FIELD, 'metric': METRIC}}, got "
                 f"{dict(self.plot)!r}"
             )
-        for row, values in self.paper.items():
-            if not isinstance(values, Mapping):
-                raise ConfigError(f"get_table: paper: {row!r}: must be a dict, got {values!r}")
+
+    def _check_paper(self) -> None:
+        for row, cells in self.paper.items():
+            _check_key(row, self.rows, "rows", f"paper: {row!r}")
+            if not isinstance(cells, Mapping):
+                raise ConfigError(f"get_table: paper: {row!r}: must be a dict, got {cells!r}")
+            for column, values in cells.items() if self.columns else [(None, cells)]:
+                where = f"paper: {row!r}" + (f": {column!r}" if self.columns else "")
+                if self.columns:
+                    _check_key(column, self.columns, "columns", where)
+                if not isinstance(values, Mapping):
+                    by = f"by value of {', '.join(self.columns)}, then by metric"
+                    raise ConfigError(
+                        f"get_table: {where}: must be a dict of metrics (figures stand {by}), got "
+                        f"{values!r}"
+                    )
+                for metric, value in values.items():
+                    if metric not in self.metrics:
+                        raise ConfigError(
+                            f"get_table: {where}: {metric!r} is none of metrics"
+                            f"{_near(str(metric), self.metrics)}"
+                        )
+                    if isinstance(value, bool) or not isinstance(value, int | float):
+                        raise ConfigError(
+                            f"get_table: {where}: {metric}: must be a number, got {value!r}"
+                        )
+
+    def _check_texts(self) -> None:
+        rows = [part for row in self.paper for part in wrapped(row)]
+        texts = [("caption", self.caption)]
+        texts += [("names", text) for text in self.names.values()]
+        texts += [("teacher_rows", text) for text in self.teacher_rows]
+        texts += [("paper", text) for text in rows]
+        for name, text in texts:
+            if isinstance(text, str) and len(text.splitlines()) > 1:
+                raise ConfigError(f"get_table: {name}: must be one line, got {text!r}")
 
     def check(self, points: Sequence[Point]) -> None:
         """Raises ConfigError where the points cannot fill the table or the plot."""
+        plotted = [self.plot["metric"]] if "metric" in self.plot else []
+        for name in filter(None, (*self.metrics, *plotted, self.select)):
+            part = name.partition("/")[0].removeprefix(_TEACHER)
+            without = next((point for point in points if not _has(point, part)), None)
+            if without is not None:
+                fields = f"config.data.files.{part}_image and {part}_text"
+                raise ConfigError(
+                    f"get_table: {name}: point {without.number} has no {part} pairs; give {fields}"
+                    + (", or config.data.files.n_val" if part == "val" else "")
+                )
         last = {point.value(self.rows[-1]) for point in points}
         for row, source in self.teacher_rows.items():
             if source not in last:
@@ -179,10 +245,15 @@ class Layout:
             for name in (*rows, *columns, *filter(None, [self.over])):
                 if point.value(name) is None:
                     raise ConfigError(f"get_table: {name}: point {point.number} has no such label")
-        if self.select:
-            return
         for (row, column), members in _cells(rows, columns, points).items():
-            if varying := _varying(members, self.over):
+            varying = _varying(members, self.over)
+            if self.select and "seed" in varying:
+                raise ConfigError(
+                    f"get_table: {', '.join(map(str, (*row, *column)))}: the points of this cell "
+                    f"of {where} differ in seed, and select would show the best one; give "
+                    "'over': 'seed', or name it in rows or columns"
+                )
+            if varying and not self.select:
                 raise ConfigError(
                     f"get_table: {', '.join(map(str, (*row, *column)))}: the points of this cell "
                     f"of {where} differ in {', '.join(varying)}; name it in rows, columns or over, "
@@ -428,6 +499,26 @@ def _metric(outcome: Mapping[str, Any], name: str, prefix: str) -> float:
             f"{_near(key, found) or ', only ' + ', '.join(has)}"
         )
     return float(found[key])
+
+
+def _has(point: Point, part: str) -> bool:
+    """Whether a point has the held-out pairs of a part, as far as its configuration says."""
+    files = point.config.data.files
+    if part not in ("val", "test") or point.config.data.name != "files" or not files.image:
+        return True  # not of files, or of none yet
+    return bool(files[f"{part}_image"] or (part == "val" and files.n_val))
+
+
+def _check_key(key: Any, fields: tuple[str, ...], name: str, where: str) -> None:
+    """A key of published figures: a value where there is one field, else a tuple of values."""
+    if isinstance(key, tuple) if len(fields) == 1 else len(wrapped(key)) != len(fields):
+        wanted = "a value" if len(fields) == 1 else "a tuple of values"
+        raise ConfigError(f"get_table: {where}: must be {wanted} of {name} ({', '.join(fields)})")
+
+
+def wrapped(value: Any) -> Key:
+    """A key of published figures as the tuple of its values."""
+    return value if isinstance(value, tuple) else (value,)
 
 
 def _unwrapped(key: Key) -> Any:

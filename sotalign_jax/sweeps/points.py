@@ -121,8 +121,8 @@ def load_sweep(source: str, overrides: Mapping[str, Any] | None = None) -> Sweep
     """Reads a sweep file and checks everything in it that can be checked before a run.
 
     The file has ``get_config(arg)``, the base configuration; ``get_hyper(hyper, arg)``, the points,
-    made with the functions of `sotalign_jax.sweeps.hyper`; and ``get_table()``, a dict of how the
-    table and the plot read: see `Layout`.
+    made with the functions of `sotalign_jax.sweeps.hyper`; and ``get_table(arg)`` or
+    ``get_table()``, a dict of how the table and the plot read: see `Layout`.
 
     Args:
         source: ``FILE.py`` or ``FILE.py:arg``.
@@ -140,7 +140,7 @@ def load_sweep(source: str, overrides: Mapping[str, Any] | None = None) -> Sweep
     base = _base(_call(module, path, "get_config", *([arg] if arg is not None else [])), path)
     overrides = dict(overrides or {})
     assigned = _call(module, path, "get_hyper", hyper, arg)
-    layout = Layout.of(_call(module, path, "get_table"))
+    layout = Layout.of(_table(module, path, arg), arg)
     if not isinstance(assigned, list) or not assigned:
         raise ConfigError(f"{path}: get_hyper: must return a list of points, at least one")
     points = tuple(_points(assigned, _nested(base, overrides), overrides))
@@ -383,6 +383,15 @@ def _module(path: Path) -> ModuleType:
     return module
 
 
+def _table(module: ModuleType, path: Path, arg: str | None) -> Any:
+    """What ``get_table`` returns, given the argument if it takes one."""
+    try:
+        inspect.signature(getattr(module, "get_table", None)).bind(arg)  # pyright: ignore
+    except TypeError:
+        return _call(module, path, "get_table")
+    return _call(module, path, "get_table", arg)
+
+
 def _call(module: ModuleType, path: Path, name: str, *arguments: Any) -> Any:
     """A function of a config file, whose errors name the place."""
     function = getattr(module, name, None)
@@ -391,7 +400,9 @@ def _call(module: ModuleType, path: Path, name: str, *arguments: Any) -> Any:
     try:
         inspect.signature(function).bind(*arguments)
     except TypeError:
-        expected = {"get_hyper": "(hyper, arg=None)", "get_table": "()"}.get(name, "(arg=None)")
+        expected = {"get_hyper": "(hyper, arg=None)", "get_table": "(arg=None)"}.get(
+            name, "(arg=None)"
+        )
         raise ConfigError(f"{path}: {name}: must be defined as {name}{expected}") from None
     try:
         return function(*arguments)
@@ -434,6 +445,8 @@ def _points(
                 raise ConfigError(
                     f"point {number}: label.{name}: must be text or a number, got {value!r}"
                 )
+            if len(str(value).splitlines()) > 1:
+                raise ConfigError(f"point {number}: label.{name}: must be one line, got {value!r}")
         title = " ".join(
             f"{n.removeprefix(LABEL)}={_shown(point[n])}" for n in varying if n in point
         )

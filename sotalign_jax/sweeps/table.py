@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import rich.table
+from rich.markup import escape
 
 from sotalign_jax.files import replace_text
 from sotalign_jax.sweeps.hyper import LABEL
@@ -22,6 +23,7 @@ from sotalign_jax.sweeps.layout import (
     collect,
     is_percent,
     lower_is_better,
+    wrapped,
 )
 from sotalign_jax.sweeps.points import Sweep, SweepDir
 
@@ -53,7 +55,7 @@ def write_tables(sweep: Sweep, home: SweepDir, *, paper: bool = False) -> tuple[
     Args:
         sweep: of `sotalign_jax.sweeps.load_sweep`.
         home: its directory.
-        paper: show the published figures in the first two; the last always has them.
+        paper: show the published figures.
 
     Returns:
         What the table shows, and the files.
@@ -67,7 +69,7 @@ def write_tables(sweep: Sweep, home: SweepDir, *, paper: bool = False) -> tuple[
     texts = {
         "md": to_markdown(grid, paper=paper),
         "tex": to_latex(grid, paper=paper),
-        "csv": to_csv(grid),
+        "csv": to_csv(grid, paper=paper),
     }
     paths = {kind: home.path / f"table.{kind}" for kind in texts}
     for kind, text in texts.items():
@@ -94,7 +96,7 @@ def to_markdown(grid: Grid, *, paper: bool = False) -> str:
         cells = [_text(grid, row, column) for column in columns]
         shown = [_escaped(_value(part)) for part in row]
         lines.append("| " + " | ".join(shown + [_plain(cell, "**") for cell in cells]) + " |")
-    lines += ["", *(f"{_escaped(note)}  " for note in notes(grid))]
+    lines += ["", *(f"{_escaped(note)}  " for note in notes(grid, paper=paper))]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -120,36 +122,39 @@ def to_latex(grid: Grid, *, paper: bool = False) -> str:
             top.append(f"\\multicolumn{{{width}}}{{c}}{{{head}}}")
             rules.append(f"\\cmidrule(lr){{{start}-{start + width - 1}}}")
             start += width
-        lines += [" & ".join(top) + r" \\", "".join(rules)]
+        lines += [_tex_row(top), "".join(rules)]
     heads = [_tex(layout.heading(name)) for name in layout.rows]
     heads += [_tex(_PAPER if c.paper else layout.heading(c.metric)) for c in columns]
-    lines += [" & ".join(heads) + r" \\", "\\midrule"]
+    lines += [_tex_row(heads), "\\midrule"]
     for before, row in zip([None, *rows], rows, strict=False):
         if before is not None and before[:-1] != row[:-1]:
             lines.append("\\addlinespace")
         cells = [_tex(_value(part)) for part in row]
         cells += [_tex_cell(_text(grid, row, column)) for column in columns]
-        lines.append(" & ".join(cells) + r" \\")
+        lines.append(_tex_row(cells))
     lines += ["\\bottomrule", "\\end{tabular}"]
-    if found := notes(grid):
+    if found := notes(grid, paper=paper):
         lines += ["", "\\smallskip", "\\parbox{\\linewidth}{\\footnotesize"]
         lines += [" \\\\\n".join(_tex(note) for note in found) + "}"]
     return "\n".join([*lines, "\\end{table}"]) + "\n"
 
 
-def to_csv(grid: Grid) -> str:
+def to_csv(grid: Grid, *, paper: bool = False) -> str:
     """A line a cell and metric: full precision, fractions as fractions, the paper's likewise.
+
+    Arguments as `to_markdown`.
 
     Columns: those of rows and columns, ``metric``, ``mean``, ``sd`` (empty below two), ``n`` (what
     the mean is over), ``wanted`` (what it will be over), ``runs``, ``finished`` and ``failed`` of
-    the cell, ``chosen`` (JSON) and ``paper``.
+    the cell, ``chosen`` (JSON) and, where asked for, ``paper``.
     """
     layout = grid.layout
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    numbers = ["mean", "sd", "n", "wanted", "runs", "finished", "failed", "chosen", "paper"]
+    numbers = ["mean", "sd", "n", "wanted", "runs", "finished", "failed", "chosen"]
+    numbers += [_PAPER] if paper else []
     writer.writerow([*layout.rows, *layout.columns, "metric", *numbers])
-    rows, columns = _lines(grid, paper=True)
+    rows, columns = _lines(grid, paper)
     for row in rows:
         for column in columns:
             if column.paper:
@@ -169,26 +174,35 @@ def to_csv(grid: Grid) -> str:
                 line.append(json.dumps(cell.chosen) if cell.chosen else "")
             if published is not None and is_percent(column.metric):
                 published = round(published / 100, 12)  # 30.3 / 100 is not 0.303
-            writer.writerow([*line, "" if published is None else repr(published)])
+            shown = ["" if published is None else repr(published)] if paper else []
+            writer.writerow([*line, *shown])
     return out.getvalue()
 
 
 def to_console(grid: Grid, *, paper: bool = False) -> rich.table.Table:
     """The same for a terminal; arguments as `to_markdown`."""
     rows, columns = _lines(grid, paper)
-    table = rich.table.Table(title=grid.layout.caption or None, title_justify="left")
+    table = rich.table.Table(title=escape(grid.layout.caption) or None, title_justify="left")
     for name in grid.layout.rows:
-        table.add_column(grid.layout.heading(name), no_wrap=True)
+        table.add_column(escape(grid.layout.heading(name)), no_wrap=True)
     for column in columns:
-        table.add_column(_head(grid, column).replace(": ", "\n"), justify="right")
+        table.add_column(escape(_head(grid, column).replace(": ", "\n")), justify="right")
     for row in rows:
         cells = [_plain(_text(grid, row, column), "*") for column in columns]
-        table.add_row(*(_value(part) for part in row), *cells)
+        table.add_row(*map(escape, [*(_value(part) for part in row), *cells]))
     return table
 
 
-def notes(grid: Grid) -> list[str]:
-    """What stands below a table: over what it is the mean, what was chosen, what is missing."""
+def notes(grid: Grid, *, paper: bool = False) -> list[str]:
+    """What stands below a table: over what it is the mean, what was chosen, what is missing.
+
+    Args:
+        grid: of `sotalign_jax.sweeps.layout.collect`.
+        paper: the published figures are shown.
+
+    Returns:
+        Sentences.
+    """
     layout, found = grid.layout, []
     shown = [cell for cell in grid.cells.values() if cell.wanted]
     counts = sorted({cell.wanted for cell in shown})
@@ -211,6 +225,10 @@ def notes(grid: Grid) -> list[str]:
             f"Not final: {missing} of {sum(cell.runs for cell in shown)} runs of these cells are "
             f"not finished{f', {failed} of them failed' if failed else ''}."
         )
+    if paper and layout.paper and layout.arg:
+        found.append(
+            f"The paper's figures are of its own data, those of the file without {layout.arg!r}."
+        )
     return found
 
 
@@ -231,9 +249,9 @@ def _lines(grid: Grid, paper: bool) -> tuple[list[Key], list[_Column]]:
     layout = grid.layout
     rows, keys = list(grid.rows), list(grid.columns)
     if paper:
-        rows += [key for one in layout.paper if (key := _wrapped(one)) not in rows]
+        rows += [key for one in layout.paper if (key := wrapped(one)) not in rows]
         if layout.columns:
-            more = [_wrapped(one) for values in layout.paper.values() for one in values]
+            more = [wrapped(one) for values in layout.paper.values() for one in values]
             keys += [key for key in dict.fromkeys(more) if key not in keys]
     columns = []
     for key in keys:
@@ -307,6 +325,12 @@ def _plain(cell: _Text, bold: str) -> str:
     return f"{mark}{cell.mean}{mark}" + (f"±{cell.sd}" if cell.sd else "") + cell.note
 
 
+def _tex_row(cells: list[str]) -> str:
+    line = " & ".join(cells) + r" \\"
+    # The end of the row before, or a rule, would take these for an argument of its own.
+    return "{}" + line if line.startswith(("[", "*")) else line
+
+
 def _tex_cell(cell: _Text) -> str:
     mean = "--" if cell.mean == "–" else _tex(cell.mean)
     mean = f"\\textbf{{{mean}}}" if cell.bold else mean
@@ -352,7 +376,3 @@ def _value(value: object) -> str:
 def _plural(field: str) -> str:
     name = field.split(".")[-1].replace("_", " ")
     return f"{name}s"
-
-
-def _wrapped(value: object) -> Key:
-    return value if isinstance(value, tuple) else (value,)

@@ -1,6 +1,7 @@
 """Sweep files: what is read of them, what is refused, and where their points live."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -148,6 +149,7 @@ def test_points_are_named_by_number_key_or_its_beginning(sweep_file):
         ),
         ('hyper.fixed("compare.seeds", (1,))', "compare.seeds: changes nothing"),
         ('hyper.fixed("label.x", [1])', r"point 1: label.x: must be text or a number, got \[1\]"),
+        ('hyper.fixed("label.x", "a\\nb")', "point 1: label.x: must be one line, got "),
         ("hyper.sweep('x', [])", r"trial.py:12: hyper.sweep: x: names no value"),
         ("1 / 0", r"trial.py:12: ZeroDivisionError: division by zero"),
     ],
@@ -178,6 +180,22 @@ def test_wrong_points_are_refused_before_anything_runs(points, message, sweep_fi
         ({"plot": {"y": "seed"}}, "get_table: plot: must be {'x': FIELD}"),
         ({"plot": {"x": "objective"}}, "plot: objective must be a number, and is 'sotalign' in po"),
         ({"plot": {"x": "seed"}}, None),
+        ({"metrics": "test/mean_recal@1"}, "get_table: test/mean_recal@1: no such metric; did you "
+                                           "mean mean_recall@1"),
+        ({"select": "val/map"}, "get_table: val/map: no such metric; there are mean_recall@1, "),
+        ({"plot": {"x": "seed", "metric": "test/foscttn"}}, "did you mean foscttm"),
+        ({"decimals": "x"}, "get_table: decimals: must be a whole number, not negative, got 'x'"),
+        ({"columns": "steps", "paper": {1.0: {"test/mean_recall@1": 2.0}}},
+         "paper: 1.0: 'test/mean_recall@1': must be a dict of metrics"),
+        ({"paper": {1.0: {"test/mean_recall@1": "24.2"}}},
+         "paper: 1.0: test/mean_recall@1: must be a number, got '24.2'"),
+        ({"paper": {1.0: {"test/mean_recall@5": 3.0}}}, "'test/mean_recall@5' is none of metrics;"),
+        ({"paper": {(1.0, 2): {}}}, r"paper: \(1.0, 2\): must be a value of rows \(loss.alpha\)"),
+        ({"rows": ("loss.alpha", "steps"), "paper": {1.0: {}}},
+         r"paper: 1.0: must be a tuple of values of rows \(loss.alpha, steps\)"),
+        ({"caption": "two\nlines"}, r"get_table: caption: must be one line, got 'two\\nlines'"),
+        ({"names": {"steps": "a\nb"}}, "get_table: names: must be one line"),
+        ({"names": {"steps": 3}}, "get_table: names: a heading must be text, got 3"),
     ],
 )  # fmt: skip
 def test_tables_that_the_points_cannot_fill_are_refused(change, message, sweep_file):
@@ -187,6 +205,36 @@ def test_tables_that_the_points_cannot_fill_are_refused(change, message, sweep_f
     else:
         with pytest.raises(ConfigError, match=message):
             load_sweep(path)
+
+
+def test_a_table_that_would_show_the_best_seed_is_refused(sweep_file):
+    points = 'hyper.product(hyper.sweep("loss.alpha", [1., 2.]), hyper.sweep("seed", range(2)))'
+    table = {"rows": "objective", "metrics": "seconds", "select": "val/mean_recall@1"}
+    load_sweep(sweep_file(points, table))
+    load_sweep(sweep_file(points, table | {"over": "", "rows": "seed"}))
+    with pytest.raises(ConfigError, match="differ in seed, and select would show the best one"):
+        load_sweep(sweep_file(points, table | {"over": ""}))
+
+
+def test_a_metric_of_held_out_pairs_that_are_not_given_is_refused(sweep_file):
+    base = BASE.replace('"platonic"', '"files"')
+    path = sweep_file("[{}]", ROWS | {"select": "val/mean_recall@1"}, base)
+    load_sweep(path)  # files are given on the command line
+    files = {f"data.files.{name}": "x" for name in ("image", "text", "test_image", "test_text")}
+    with pytest.raises(ConfigError, match=r"val/mean_recall@1: point 1 has no val pairs; give con"):
+        load_sweep(path, files)
+    load_sweep(path, files | {"data.files.n_val": 5})
+    val = {"data.files.val_image": "x", "data.files.val_text": "x"}
+    load_sweep(path, files | val)
+
+
+def test_a_table_may_depend_on_the_argument(sweep_file):
+    path = sweep_file("[{}]")
+    text = Path(path).read_text().replace("get_table():", "get_table(arg=None):")
+    Path(path).write_text(text.replace("    return {'rows'", "    return {'caption': arg, 'rows'"))
+    assert load_sweep(path).layout.caption == ""
+    layout = load_sweep(f"{path}:small").layout
+    assert layout.caption == layout.arg == "small"
 
 
 def test_a_plot_whose_cells_hold_several_points_is_refused(sweep_file):

@@ -231,6 +231,8 @@ def test_table_writes_three_files_and_shows_the_papers_figures_when_asked(throug
     assert "30.3" not in (home / "table.md").read_text()
     status, out, _ = here("sweep", "table", FILE, f"--workdir={home}", "--paper")
     assert status == 0 and "30.3" in out and "30.3" in (home / "table.md").read_text()
+    assert "0.303" in (home / "table.csv").read_text()
+    assert here("sweep", "table", FILE, f"--workdir={home}")[0] == 0
     assert (home / "table.csv").read_bytes() == before
 
 

@@ -4,6 +4,7 @@ import csv
 import io
 
 import pytest
+from rich.console import Console
 
 from sotalign_jax.config import ConfigError, default_config, validate
 from sotalign_jax.sweeps import hyper, plot, table
@@ -62,7 +63,7 @@ def by_method(fields):
 
 
 def rows_of(grid, **options):
-    return list(csv.DictReader(io.StringIO(table.to_csv(grid))))
+    return list(csv.DictReader(io.StringIO(table.to_csv(grid, **options))))
 
 
 # ---- formats
@@ -119,7 +120,7 @@ def test_csv_has_full_precision_and_counts():
     assert float(row["mean"]) == (1 / 3 + 0.1 + 0.2) / 3
     assert float(row["sd"]) == pytest.approx(0.11706281947614, abs=1e-14)
     assert [row[name] for name in ("n", "wanted", "runs", "finished", "failed")] == list("33330")
-    assert row["chosen"] == row["paper"] == ""
+    assert row["chosen"] == "" and "paper" not in row
 
 
 def test_rows_of_several_fields_stand_in_groups():
@@ -169,6 +170,26 @@ def test_rows_of_reference_are_never_bold():
         grid_of(assigned, lambda f: None, spec | {"reference_rows": ["sial"]})
 
 
+@pytest.mark.parametrize("label", ["S-CLIP [ot]", "a [/b]", "back\\\\"])
+def test_a_terminal_shows_brackets_as_they_are(label):
+    spec = {"rows": "label.m", "caption": f"of {label}", "names": {"label.m": f"by {label}"}}
+    grid = grid_of([{"label.m": label}], lambda f: outcome(0.5), spec)
+    out = io.StringIO()
+    Console(file=out, width=200).print(table.to_console(grid))
+    for text in (f"of {label}", f"by {label}", f" {label} "):
+        assert text in out.getvalue()
+
+
+@pytest.mark.parametrize("label", ["[ot]", "*"])
+def test_latex_takes_no_first_cell_for_an_argument(label):
+    assigned = [{"label.m": label}]
+    spec = {"rows": "label.m", "names": {"label.m": label}}
+    lines = table.to_latex(grid_of(assigned, lambda f: outcome(0.5), spec)).splitlines()
+    rule = lines.index("\\midrule")
+    assert lines[rule - 1].startswith(f"{{}}{label} & ")
+    assert lines[rule + 1] == f"{{}}{label} & 50.0 \\\\"
+
+
 # ---- what is missing
 
 
@@ -213,8 +234,8 @@ def test_cells_without_points_are_empty():
 
 
 def test_a_metric_that_runs_do_not_have_is_named():
-    with pytest.raises(ConfigError, match=r"mean_recall@2: a finished run has no .*mean_recall@1"):
-        grid_of(METHODS, by_method, BY_METHOD | {"metrics": "test/mean_recall@2"})
+    with pytest.raises(ConfigError, match=r"mean_recall@5: a finished run has no .*mean_recall@1"):
+        grid_of(METHODS, by_method, BY_METHOD | {"metrics": "test/mean_recall@5"})
     with pytest.raises(ConfigError, match=r"val/mean_recall@1: .*no such metric, only test/..."):
         grid_of(
             METHODS,
@@ -376,8 +397,19 @@ def test_the_papers_figures_stand_beside_ours_when_asked():
     ]
     latex = table.to_latex(grid, paper=True)
     assert r"method & mean R@1 & paper \\" in latex and r"upper bound &  & 40.0 \\" in latex
-    published = {row["label.method"]: row["paper"] for row in rows_of(grid)}
+    published = {row["label.method"]: row["paper"] for row in rows_of(grid, paper=True)}
+    assert len(rows_of(grid)) == 2
     assert published == {"SAIL": "0.242", "ours_&_KLOT": "", "upper bound": "0.4"}
+
+
+def test_a_table_of_other_data_says_so_beside_the_papers_figures():
+    paper = {"SAIL": {"test/mean_recall@1": 24.2}}
+    points = points_of(METHODS)
+    layout = Layout.of({"metrics": "test/mean_recall@1"} | BY_METHOD | {"paper": paper}, "small")
+    grid = collect(layout, points, lambda key: None, lambda key: False)
+    said = "The paper's figures are of its own data, those of the file without 'small'."
+    assert said in table.to_markdown(grid, paper=True) and said in table.to_latex(grid, paper=True)
+    assert said not in table.to_markdown(grid)
 
 
 def test_the_papers_figures_by_column():
