@@ -22,7 +22,7 @@ LABEL = "label."
 # What is chosen by where nothing else was recorded.
 _SELECT = "val/mean_recall@1"
 # Columns of the table of a sweep that hold numbers.
-_NUMBERS = ("mean", "sd", "paper")
+_NUMBERS = ("mean", "sd")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,6 +291,7 @@ def _is_line(line: Mapping[str | None, str | None]) -> bool:
     """Whether there are as many cells as heads, with numbers where numbers should be."""
     try:
         numbers = [float(line[name] or 0) for name in _NUMBERS]
+        numbers.append(float(line.get("paper") or 0))  # only `--paper` writes it
     except (KeyError, ValueError):
         return False
     return (

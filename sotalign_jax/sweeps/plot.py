@@ -15,7 +15,7 @@ __all__ = ["FORMATS", "Line", "draw", "lines_of", "scale_of"]
 FORMATS = ("pdf", "png", "svg")
 # Okabe and Ito's colours, which people of any colour vision can tell apart.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = "os^Dv<>"
+_MARKERS = "os^Dv<"  # not as many as colours: a colour that comes again has another one
 
 
 class Line(NamedTuple):
@@ -142,16 +142,24 @@ def draw(grid: Grid, metric: str, field: str, directory: Path) -> list[Path]:
 
 def _draw_line(axes: Any, line: Line, colour: str, marker: str) -> None:
     if line.level:
-        axes.axhline(line.mean[0], color=colour, linestyle="--", label=line.label)
+        axes.axhline(line.mean[0], color=colour, linestyle="--", label=_literal(line.label))
         if line.sd[0] is not None:
             low, high = line.mean[0] - line.sd[0], line.mean[0] + line.sd[0]
             axes.axhspan(low, high, color=colour, alpha=0.12, linewidth=0)
         return
-    axes.plot(line.x, line.mean, color=colour, marker=marker, markersize=4, label=line.label)
+    axes.plot(
+        line.x, line.mean, color=colour, marker=marker, markersize=4, label=_literal(line.label)
+    )
     spread = [0.0 if sd is None else sd for sd in line.sd]
     low = [mean - sd for mean, sd in zip(line.mean, spread, strict=True)]
     high = [mean + sd for mean, sd in zip(line.mean, spread, strict=True)]
     axes.fill_between(line.x, low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def _literal(label: str) -> str:
+    """A label as it reads: two dollars would be a formula, and "_" first hides from the legend."""
+    label = label.replace("$", r"\$")
+    return f"\u200b{label}" if label.startswith("_") else label
 
 
 def _write(figure: Any, path: Path, kind: str) -> Path:

@@ -225,6 +225,8 @@ def test_the_table_that_a_sweep_wrote_is_shown(tmp_path):
         ["SAIL", "50.0 ±1.0", "21.0", "12.5", '{"data.n_pairs": 100}'],
         ["<b>", "–", "", "–", ""],
     ]
+    (path / "table.csv").write_text("a,metric,mean,sd,chosen\nx,seconds,12.5,,\n")
+    assert page_of(path, tmp_path).tables[0] == [["a", "seconds"], ["x", "12.5"]]
     heads = "a,metric,mean,sd,chosen,paper\n"
     for text in ("a,b\n1,2\n", f"{heads}x,seconds,many,,,\n", f"{heads}x,y\n", "metric\na,b\n"):
         (path / "table.csv").write_text(text)

@@ -514,6 +514,27 @@ def test_a_plot_is_written_in_three_formats_the_same_each_time(tmp_path):
         assert text in svg
 
 
+def test_eight_lines_look_different_and_labels_read_as_they_are(tmp_path, monkeypatch):
+    labels = ["_ours", "5$ or 6$", *"cdefgh"]
+    assigned = hyper.zip(
+        hyper.sweep("label.method", labels),
+        hyper.sweep("loss.epsilon", [0.1 * n for n in range(1, 9)]),
+    )
+    assigned = hyper.product(assigned, hyper.sweep("loss.alpha", [0.1, 1.0]))
+    grid, _ = lines_of(assigned, lambda f: outcome(0.5), CHOICE, "loss.alpha")
+    styles, draw_line = [], plot._draw_line
+
+    def watched(axes, line, colour, marker):
+        styles.append((colour, marker))
+        draw_line(axes, line, colour, marker)
+
+    monkeypatch.setattr(plot, "_draw_line", watched)
+    plot.draw(grid, "test/mean_recall@1", "loss.alpha", tmp_path)
+    assert len(set(styles)) == 8
+    svg = (tmp_path / "plot.svg").read_text()
+    assert "_ours<" in svg and ">5$ or 6$<" in svg
+
+
 def test_nothing_finished_is_nothing_to_draw(tmp_path):
     grid, _ = lines_of(ALPHAS, lambda f: None, CHOICE, "loss.alpha")
     with pytest.raises(ValueError, match="plot: no point is finished yet"):
