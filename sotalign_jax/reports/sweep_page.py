@@ -69,7 +69,7 @@ def sweep_page(points: Points) -> tuple[str, list[str]]:
         if figures:
             note = (
                 f"On the {split} where no others are named; bands and whiskers: one standard "
-                "deviation over seeds."
+                "deviation over seeds; hollow: runs are missing."
             )
             parts.append(
                 section(
@@ -180,6 +180,7 @@ def _written(points: Points) -> Iterator[Markup]:
     metrics = list(dict.fromkeys(line["metric"] for line in lines))
     choices = any(line["chosen"] for line in lines)
     published = {line["metric"] for line in lines if line.get("paper")}
+    missing = any(map(_missing, lines))
     rows: dict[tuple[str, ...], dict[str, Mapping[str, str]]] = {}
     for line in lines:
         rows.setdefault(tuple(line[key] for key in keys), {})[line["metric"]] = line
@@ -194,6 +195,8 @@ def _written(points: Points) -> Iterator[Markup]:
             yield shorten_paths(
                 next((line["chosen"] for line in of.values() if line["chosen"]), "")
             )
+        if missing:
+            yield next(filter(None, map(_missing, of.values())), "all")
 
     heads = [_axis(key) for key in keys]
     for metric in metrics:
@@ -202,11 +205,24 @@ def _written(points: Points) -> Iterator[Markup]:
         heads += ["paper"] if metric in published else []
     caption = "The table of the sweep, as it was last written"
     yield table(
-        [*heads, "chosen on validation"] if choices else heads,
+        [
+            *heads,
+            *(["chosen on validation"] if choices else []),
+            *(["finished"] if missing else []),
+        ],
         [[*key, *cells(of)] for key, of in rows.items()],
         caption=f"{caption}; paper: as published, on its own data" if published else caption,
         text=len(keys),
     )
+
+
+def _missing(line: Mapping[str, str]) -> str:
+    """What a cell of the table was still without; empty of a final one."""
+    finished, runs = line.get("finished", ""), line.get("runs", "")
+    if finished == runs:
+        return ""
+    failed = line.get("failed") or "0"
+    return f"{finished} of {runs} runs" + (f", {failed} failed" if failed != "0" else "")
 
 
 def _number(metric: str, mean: str, spread: str = "") -> object:
@@ -357,7 +373,12 @@ def _curve(
             values = [[100 * v for v in values_of(line[number])] for number in x]
             means = [statistics.fmean(v) for v in values]
             spreads = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
-            axes.plot(x, means, color=colour, marker="o", label=name or None)
+            final = [i for i, number in enumerate(x) if _whole(line[number])]
+            filled = {"marker": "o", "markevery": final} if final else {}
+            axes.plot(x, means, color=colour, label=name or None, **filled)
+            if rest := [i for i in range(len(x)) if i not in final]:
+                hollow = {"marker": "o", "markerfacecolor": "none", "linestyle": "none"}
+                axes.plot([x[i] for i in rest], [means[i] for i in rest], color=colour, **hollow)
             low, high = (
                 [m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1)
             )
@@ -421,7 +442,7 @@ def _bars(points: Points, groups: Sequence[Group]) -> Iterator[Markup]:
                 axes.plot([mean - spread, mean + spread], [y, y], color=COLOURS[0], linewidth=1)
                 axes.plot(values, [y] * len(values), "o", color=COLOURS[0], alpha=0.45)
                 axes.plot([mean], [y], "|", color=COLOURS[1], markersize=12, markeredgewidth=2)
-            axes.set_yticks(range(len(ranked)), [_short(group.title) for group in ranked])
+            axes.set_yticks(range(len(ranked)), [_named(group) for group in ranked])
             axes.set_xlabel("%")
             axes.grid(axis="y", visible=False)
 
@@ -433,6 +454,12 @@ def _bars(points: Points, groups: Sequence[Group]) -> Iterator[Markup]:
             note="dots: seeds; upright: their mean",
             size=(5.4, 0.9 + 0.3 * len(ranked)),
         )
+
+
+def _named(group: Group) -> str:
+    """Its title, and how many seeds are finished where some are not."""
+    count = "" if len(group.seeds) == group.wanted else f" ({_count(group)} seeds)"
+    return _short(group.title) + count
 
 
 def _short(title: str, most: int = 40) -> str:

@@ -27,6 +27,7 @@ class Line(NamedTuple):
         mean: of the metric over seeds.
         sd: its standard deviation; None where there is one seed.
         level: the row has one value of the field where others have more: a line across the plot.
+        final: of every value, whether no run is missing.
     """
 
     label: str
@@ -34,6 +35,7 @@ class Line(NamedTuple):
     mean: list[float]
     sd: list[float | None]
     level: bool
+    final: list[bool]
 
 
 def lines_of(grid: Grid, metric: str) -> list[Line]:
@@ -55,13 +57,15 @@ def lines_of(grid: Grid, metric: str) -> list[Line]:
             cell = grid.cells.get((row, (x,)))
             if cell is not None and (mean := cell.mean(metric)) is not None:
                 sd = cell.sd(metric)
-                found.append((float(x), factor * mean, None if sd is None else factor * sd))
+                sd = None if sd is None else factor * sd
+                found.append((float(x), factor * mean, sd, cell.final))
         if found:
-            x, mean, sd = (list(part) for part in zip(*sorted(found), strict=True))
+            found.sort(key=lambda one: one[0])
+            x, mean, sd, final = (list(part) for part in zip(*found, strict=True))
             level = sum((row, column) in grid.cells for column in grid.columns) == 1
             label = ", ".join(_named(grid, name, v) for name, v in zip(names, row, strict=False))
             label = label or (str(row[0]) if row else "aligner")
-            lines.append(Line(label, x, mean, sd, level and len(grid.columns) > 1))
+            lines.append(Line(label, x, mean, sd, level and len(grid.columns) > 1, final))
     return lines
 
 
@@ -133,6 +137,8 @@ def draw(grid: Grid, metric: str, field: str, directory: Path) -> list[Path]:
         axes.set_xlabel(grid.layout.heading(field))
         unit = " (%)" if is_percent(metric) else ""
         axes.set_ylabel(grid.layout.heading(metric) + unit)
+        if not all(all(line.final) for line in lines):
+            axes.set_title("hollow or dotted: runs are missing", fontsize="small", loc="right")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         if len(lines) > 1:
@@ -142,14 +148,19 @@ def draw(grid: Grid, metric: str, field: str, directory: Path) -> list[Path]:
 
 def _draw_line(axes: Any, line: Line, colour: str, marker: str) -> None:
     if line.level:
-        axes.axhline(line.mean[0], color=colour, linestyle="--", label=_literal(line.label))
+        style = "--" if line.final[0] else ":"
+        axes.axhline(line.mean[0], color=colour, linestyle=style, label=_literal(line.label))
         if line.sd[0] is not None:
             low, high = line.mean[0] - line.sd[0], line.mean[0] + line.sd[0]
             axes.axhspan(low, high, color=colour, alpha=0.12, linewidth=0)
         return
-    axes.plot(
-        line.x, line.mean, color=colour, marker=marker, markersize=4, label=_literal(line.label)
-    )
+    final = [i for i, one in enumerate(line.final) if one]
+    filled = {"marker": marker, "markersize": 4, "markevery": final} if final else {}
+    axes.plot(line.x, line.mean, color=colour, label=_literal(line.label), **filled)
+    if rest := [i for i, one in enumerate(line.final) if not one]:
+        x, mean = [line.x[i] for i in rest], [line.mean[i] for i in rest]
+        hollow = {"marker": marker, "markersize": 4, "markerfacecolor": "white"}
+        axes.plot(x, mean, color=colour, linestyle="none", **hollow)
     spread = [0.0 if sd is None else sd for sd in line.sd]
     low = [mean - sd for mean, sd in zip(line.mean, spread, strict=True)]
     high = [mean + sd for mean, sd in zip(line.mean, spread, strict=True)]

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -533,6 +534,30 @@ def test_eight_lines_look_different_and_labels_read_as_they_are(tmp_path, monkey
     assert len(set(styles)) == 8
     svg = (tmp_path / "plot.svg").read_text()
     assert "_ours<" in svg and ">5$ or 6$<" in svg
+
+
+def test_what_is_not_final_is_drawn_otherwise(tmp_path):
+    assigned = hyper.chain(ALPHAS, hyper.fixed({"label.method": "base", "loss.alpha": 0.0}))
+
+    def score(missing):
+        def of(fields):
+            if fields["label.method"] == "base":
+                return outcome(0.1)
+            late = fields["loss.alpha"] == 0.1 and fields["seed"] == 1
+            return None if missing and late else chosen_on_validation(fields)
+
+        return of
+
+    drawn = []
+    for missing in (False, True):
+        grid, (ours, base) = lines_of(assigned, score(missing), CHOICE, "loss.alpha")
+        assert ours.final == [True, not missing, True] and base.final == [True]
+        plot.draw(grid, "test/mean_recall@1", "loss.alpha", tmp_path)
+        drawn.append((tmp_path / "plot.svg").read_text())
+    note = "hollow or dotted: runs are missing"
+    assert note not in drawn[0] and note in drawn[1]
+    whole, open_ = (len(re.findall(r"<use [^>]*fill: #ffffff", text)) for text in drawn)
+    assert (whole, open_) == (0, 1)
 
 
 def test_nothing_finished_is_nothing_to_draw(tmp_path):
