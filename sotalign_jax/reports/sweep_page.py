@@ -83,7 +83,8 @@ def sweep_page(points: Points) -> tuple[str, list[str]]:
 
 
 def _header(points: Points) -> Markup:
-    states = [point.state for point in points.points]
+    # Points that differ in labels alone are one run.
+    states = [point.state for point in {point.name: point for point in points.points}.values()]
     finished, failed = states.count("finished"), states.count("failed")
     text = f"{finished} of {len(states)} runs finished"
     if failed:
@@ -480,7 +481,7 @@ def _point_table(points: Points) -> Markup:
         recalls = [f"{100 * scores[m]:.1f}" if m in scores else "" for m in _DRAWN]
         values = [*map(point.given.get, points.axes), point.seed]
         return [
-            tag("a", str(number), href=f"#{_anchor(first)}"),
+            tag("a", str(number), href=f"#{_anchor(points, first)}"),
             *(show_value(value) if value is not None else "" for value in values),
             tag("span", point.state, title=_failure(point) or None),
             tag("code", Path(*point.path.parts[-2:])),
@@ -489,15 +490,15 @@ def _point_table(points: Points) -> Markup:
             f"{results['seconds']:.0f} s" if "seconds" in results else "",
         ]
 
-    firsts = {point.name: members[0] for members in points.alike() for point in members}
-    rows = [row(number, p, firsts[p.name]) for number, p in enumerate(points.points, 1)]
+    firsts = {id(point): members[0] for members in points.alike() for point in members}
+    rows = [row(number, p, firsts[id(p)]) for number, p in enumerate(points.points, 1)]
     about = "val mean" if several else "mean"
     recalls = [f"{about} R@{metric.split('@')[1]}" for metric in _DRAWN]
     axes = [_axis(axis) for axis in points.axes]
     return table(
         ["", *axes, "seed", "state", "directory", *recalls, "step", "time"],
         rows,
-        caption="Every run; its number leads to what differs in it",
+        caption="Every point; its number leads to what differs in it",
         text=len(axes) + 4,
     )
 
@@ -534,7 +535,7 @@ def _card(points: Points, members: Sequence[Point], shared: Mapping[str, Any]) -
         tag("h4", ", ".join(title) or "all"),
         table(["field", "value"], rows, text=2) if rows else None,
         *failures,
-        id=_anchor(members[0]),
+        id=_anchor(points, members[0]),
     )
 
 
@@ -546,5 +547,7 @@ def _failure(point: Point) -> str:
     return shorten_paths(point.failure, point.path)
 
 
-def _anchor(point: Point) -> str:
-    return f"point-{point.name}"
+def _anchor(points: Points, point: Point) -> str:
+    # By its number too, since points of several labels may be one run.
+    number = next(i for i, one in enumerate(points.points, 1) if one is point)
+    return f"point-{number}-{point.name}"

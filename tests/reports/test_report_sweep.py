@@ -188,6 +188,21 @@ def test_every_point_leads_to_what_differs_in_it(swept):
     assert not {row[0] for row in shared} & (own | {"seed"})
 
 
+def test_points_that_differ_in_labels_alone_are_one_run(tmp_path):
+    points = [({"table": t}, {"loss.alpha": a}, 0.5) for t in ("x", "y") for a in (0.1, 0.2)]
+    path = write_sweep(tmp_path / "home", points)
+    record = json.loads((path / "sweep.json").read_text())
+    for point in record["points"][2:]:
+        point["key"] = f"{point['number'] - 2:012x}"
+    (path / "sweep.json").write_text(json.dumps(record))
+    page = page_of(path, tmp_path)
+    assert "2 of 2 runs finished" in page.text and "sweep: 2 runs" in page.text
+    ids = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    links = [a["href"][1:] for a in page.all("a")]
+    assert len(set(links)) == 4 and set(links) <= set(ids)
+
+
 def test_values_of_any_kind_tell_points_apart(tmp_path):
     values = [1, 2.5, True, None, "<b>", [1, 2], {"a": 1}]
     page = page_of(write_sweep(tmp_path, [({}, {"new": v}, None) for v in values]), tmp_path)
