@@ -307,3 +307,17 @@ def test_wrong_tensors(tmp_path):
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(ValueError, match=r"aligner.safetensors: not a readable"):
         load(tmp_path / "a")
+
+
+def test_every_method_and_its_options_are_documented():
+    home = Path(__file__).parents[2]
+    text = (home / "docs" / "fitted.md").read_text(encoding="utf-8")
+    default = (home / "configs" / "default.py").read_text(encoding="utf-8")
+    for name, method in FITTED.items():
+        (section,) = re.findall(rf"^## {name}: .*?(?=^## )", text, re.MULTILINE | re.DOTALL)
+        # Options have rows of a table; a few are told in words, and the grid names no further ones.
+        words, _, grid = section.partition("\nGrid: ")
+        for field in dataclasses.fields(method.options):
+            assert f"`{field.name}`" in words, f"{name}.{field.name}"
+        assert grid, name
+        assert re.search(rf"#.*\b{name} \(", default), name
