@@ -216,7 +216,8 @@ def test_data_that_is_gone_costs_the_examples_alone(finished, tmp_path):
     moved["data"]["files"] |= {"test_image": "/nowhere/<image>.npy", "test_text": "/nowhere/t.npy"}
     (path / "config.json").write_text(json.dumps(moved))
     found, (problem,) = report_of(path, tmp_path)
-    assert "/nowhere/<image>.npy: no such file" in problem and "/nowhere/<image>.npy" in found.text
+    assert "/nowhere/<image>.npy: no such file" in problem
+    assert "…/<image>.npy: no such file" in found.text and "/nowhere" not in found.text
     assert len(found.all("svg")) == 13
 
 
