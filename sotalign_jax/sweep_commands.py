@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -197,8 +198,11 @@ def commands_of(sweep: Sweep, workdir: str, points: Sequence[str] = ()) -> list[
     home.check(sweep)
     place = [f"--workdir={home.path.absolute()}"]
     fields = [f"--config.{name}={value}" for name, value in sweep.overrides.items()]
+    # Paths in a configuration may be relative: they are those of this directory.
+    there = f"cd {shlex.quote(os.getcwd())} && "
+    command = ["sotalign", "sweep", "run", sweep.source, *place, *fields]
     return [
-        shlex.join(["sotalign", "sweep", "run", sweep.source, *place, *fields, f"--point={key}"])
+        there + shlex.join([*command, f"--point={key}"])
         for key in sweep.runs(points)
         if not home.finished(key)
     ]

@@ -340,6 +340,7 @@ class SweepDir:
                     name: getattr(sweep.layout, name)
                     for name in ("rows", "columns", "select", "over")
                 },
+                "directory": os.getcwd(),
                 "points": points,
                 "earlier": list({point["key"]: point for point in earlier}.values()),
                 "sotalign_jax": about["sotalign_jax"],

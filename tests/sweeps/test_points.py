@@ -302,6 +302,7 @@ def test_a_directory_records_its_sweep_and_earlier_points(sweep_file, tmp_path):
     home.start(two)
     record = json.loads(home.record.read_text())
     assert record["name"] == "trial" and record["overrides"] == {"steps": 30}
+    assert record["directory"] == str(Path.cwd())
     assert [p["key"] for p in record["points"]] == [p.key for p in two.points]
     assert record["points"][0]["fields"] == {"loss.alpha": 3.0}
     assert [p["key"] for p in record["earlier"]] == [one.points[0].key]

@@ -280,7 +280,9 @@ def test_print_shows_a_command_for_every_point_that_is_not_finished(tmp_path, he
     status, out, _ = here(*arguments, "--print")
     assert status == 0 and not home.path.exists()
     sweep = load_sweep(FILE, {"model.scale": 15.0})
-    commands = [shlex.split(line) for line in out.splitlines()]
+    there = f"cd {shlex.quote(os.getcwd())} && "  # for relative paths of data
+    assert all(line.startswith(there) for line in out.splitlines())
+    commands = [shlex.split(line.removeprefix(there)) for line in out.splitlines()]
     assert commands == [["sotalign", *arguments, f"--point={key}"] for key in sweep.runs()]
     home.start(sweep)
     key = sweep.points[0].key
@@ -290,7 +292,7 @@ def test_print_shows_a_command_for_every_point_that_is_not_finished(tmp_path, he
     assert len(out.splitlines()) == 5 and key not in out
     # The commands are those of single points.
     status, out, _ = here(*commands[1][1:], "--print")
-    assert status == 0 and out.splitlines() == [shlex.join(commands[1])]
+    assert status == 0 and out.splitlines() == [there + shlex.join(commands[1])]
 
 
 def test_jobs_run_the_points_of_a_sweep(tmp_path, here, forks):
