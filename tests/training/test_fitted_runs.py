@@ -19,7 +19,6 @@ from sotalign_jax.reports import write_report
 from sotalign_jax.training import (
     data,
     evaluate,
-    load_splits,
     many,
     together_key,
     train,
@@ -90,14 +89,13 @@ def test_the_page_of_a_run_shows_its_queries(emoji, tmp_path):
 
 def test_the_aligner_is_the_fit_of_the_pairs(tmp_path):
     config = tiny(aligner="csa", csa__folds=3, seed=4)
-    mine = inputs()._replace(splits=load_splits(validate(config)))
-    outcome = train(config, tmp_path / "run", quiet=True, inputs=mine)
-    pairs = mine.splits.pairs
+    outcome = train(config, tmp_path / "run", quiet=True, inputs=inputs())
+    pairs = inputs().splits.pairs
     direct = csa(pairs.image.array(), pairs.text.array(), folds=3, seed=4)
     loaded = load(tmp_path / "run" / "aligner")
     np.testing.assert_array_equal(loaded.image_weight, direct.image_weight)
     np.testing.assert_array_equal(loaded.correlations, direct.correlations)
-    for name, held_out in (("val", mine.splits.val), ("test", mine.splits.test)):
+    for name, held_out in (("val", inputs().splits.val), ("test", inputs().splits.test)):
         assert outcome[name] == pytest.approx(evaluate(direct, held_out), abs=1e-9)
 
 
@@ -130,8 +128,8 @@ def test_unpaired_rows_are_read_where_the_options_ask_for_them(tmp_path):
 
 
 def test_fitted_runs_stand_beside_those_that_are_trained_together(tmp_path, monkeypatch):
-    configs = [tiny(aligner="csa"), tiny(objective="sail"), tiny(aligner="asif", steps=10)]
-    paths = [tmp_path / str(number) for number in range(3)]
+    configs = [tiny(aligner="csa"), tiny(objective="sail")]
+    paths = [tmp_path / str(number) for number in range(2)]
     trained = []
 
     def train_group(runs, console, quiet, watch, done):
@@ -140,12 +138,12 @@ def test_fitted_runs_stand_beside_those_that_are_trained_together(tmp_path, monk
             done(run.number, {"trained": run.number})
 
     monkeypatch.setattr(many, "_train_group", train_group)
-    outcomes = train_many(configs, paths, quiet=True, inputs=[inputs()] * 3)
+    outcomes = train_many(configs, paths, quiet=True, inputs=[inputs()] * 2)
     assert trained == [1] and outcomes[1] == {"trained": 1}
-    assert names(paths[0]) == names(paths[2]) == LEFT
+    assert names(paths[0]) == LEFT and outcomes[0]["seconds"] > 0
     alone = train(configs[0], tmp_path / "alone", quiet=True, inputs=inputs())
     assert outcomes[0]["test"] == alone["test"] and results(paths[0]) == results(tmp_path / "alone")
-    assert together_key(configs[0]) not in (together_key(configs[1]), together_key(configs[2]))
+    assert together_key(configs[0]) != together_key(configs[1])
 
 
 def test_a_further_method_is_a_line_in_the_registry(tmp_path, monkeypatch):
