@@ -5,7 +5,7 @@
     sotalign sweep table configs/sweeps/table4_methods.py --workdir=runs/table4 --paper
 
 `table4_methods.py:runlocal` is the same on the embedded emoji with smaller grids, three draws of
-300 pairs; some nine minutes on two CPU cores.
+300 pairs, 57 runs; five minutes on two CPU cores. What came out is in the README.
 
 The paper, 10,000 pairs of CC3M, COCO val, recall@1 (table 4; its 1M pairs are the upper bound):
 
