@@ -2,6 +2,8 @@
 warning."""
 
 import functools
+import gc
+from pathlib import Path
 
 import jax
 import optax
@@ -34,3 +36,17 @@ let_mix_dtypes(epsilon_scheduler.Epsilon, "__call__")
 @pytest.fixture
 def rng():
     return jax.random.key(0)
+
+
+# Each compiled program takes some of the memory maps that Linux allows a process, 65,530.
+_MANY_MAPS = 25_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_compiled_programs():
+    """Forgets compiled programs once there are many: a process that has too many aborts."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > _MANY_MAPS:
+        jax.clear_caches()
+        gc.collect()

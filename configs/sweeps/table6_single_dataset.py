@@ -124,7 +124,7 @@ def get_table():
         "rows": "label.method",
         "columns": "label.data",
         "metrics": sides,
-        "select": "val/mean_recall@5",
+        "select": "val/mean_recall@1",
         "paper": {
             method: {
                 data: dict(zip(sides, values, strict=True))
