@@ -7,8 +7,8 @@
 A linear layer without LayerNorm can begin as the CCA teacher itself. Learning rate and alpha are
 chosen on validation for each method and start.
 
-`ablation_init.py:runlocal` is the same on the embedded emoji, 300 pairs, three draws: 72 runs, some
-three minutes on two CPU cores.
+`ablation_init.py:runlocal` is the same on the embedded emoji, 300 pairs, three draws: 72 runs,
+an estimated three minutes on two CPU cores, not run whole yet.
 
 The paper, 10,000 pairs and 1M + 1M unpaired rows of CC3M, COCO val, mean recall@1, with a random
 start and LayerNorm: SAIL 24.2, SOTAlign 30.3; the CCA teacher alone 21.5. Other starts are not

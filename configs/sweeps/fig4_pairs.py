@@ -9,7 +9,7 @@
 more; alpha is chosen on validation for each number of them.
 
 `fig4_pairs.py:runlocal` is the same on the embedded emoji, 30 to 600 pairs beside 400 + 400
-unpaired rows, three draws: 60 runs, some three minutes on two CPU cores.
+unpaired rows, three draws: 60 runs, an estimated three minutes on two CPU cores, not run.
 
 The paper (figure 4), 1M + 1M unpaired rows of CC3M, COCO val, recall@1. In numbers only this:
 

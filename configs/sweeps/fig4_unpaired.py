@@ -9,7 +9,7 @@ Fewer rows are a prefix of more; alpha is chosen on validation for each number o
 in the column of the largest number, and is a level line of the plot.
 
 `fig4_unpaired.py:runlocal` is the same on the embedded emoji, 300 pairs and 125 to 1,000 unpaired
-rows a side, three draws: 39 runs, some two minutes on two CPU cores.
+rows a side, three draws: 39 runs, an estimated two minutes on two CPU cores, not run.
 
 The paper (figure 4), 10,000 pairs of CC3M, COCO val, recall@1. In numbers only the ends of it:
 

@@ -18,7 +18,7 @@ pairs support here. The published SUE trains a network a modality. The alphas go
 
 `table6_single_dataset.py:runlocal` asks the same of the embedded emoji: 100 pairs, the other 700
 emoji unpaired, 400 test pairs, three draws; with networks of SUE that suit a CPU, and without the
-MLP, which does not. 24 runs, some three minutes on two CPU cores.
+MLP, which does not. 24 runs, an estimated three minutes on two CPU cores, not run.
 
 The paper (table 6; encoders not stated), 400 test rows, recall@5:
 
