@@ -22,6 +22,8 @@ def test_all_ways_end_with_the_same_parameters(vary, tmp_path, monkeypatch):
     assert list(report["seconds"]) == list(many.WAYS)
     assert all(seconds > 0 for seconds in report["seconds"].values())
     assert 0 <= report["difference"] < 1e-5
+    assert 0 <= report["largest"] < 1e-5
+    assert report["optimizer"] == "adamw"
     seeds = [json.loads((tmp_path / "together" / f"run_{i}.json").read_text()) for i in (0, 1)]
     assert [one["seed"] for one in seeds] == ([0, 1] if vary == "seed" else [0, 0])
 
@@ -46,10 +48,11 @@ def test_table(capsys):
     report = {
         "seconds": {"processes": 40.0, "one process": 20.0, "together": 10.0},
         "difference": 2.5e-7,
+        "largest": 3.25e-6,
     }
     from rich.console import Console
 
     Console(width=100).print(many._table(report, "8 runs"))
     shown = capsys.readouterr().out
-    for part in ("8 runs", "40.0", "1.000", "20.0", "0.500", "10.0", "0.250", "2.5e-07"):
+    for part in ("8 runs", "40.0", "1.000", "20.0", "0.500", "10.0", "0.250", "2.5e-07", "3.2e-06"):
         assert part in shown

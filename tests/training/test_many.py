@@ -125,6 +125,50 @@ def test_other_losses(fields, tmp_path):
         assert_same_parameters(paths[i], tmp_path / f"alone_{i}")
 
 
+@pytest.mark.parametrize(
+    ("fields", "other"),
+    [
+        pytest.param(
+            {"objective": "structure"}, {"structure__weight": 300.0}, marks=pytest.mark.slow
+        ),
+        ({"objective": "clip"}, {"clip__temperature": 0.3, "clip__max_scale": 5.0}),
+        pytest.param(
+            {"objective": "nnclr"},
+            {"nnclr__base_weight": 0.3, "nnclr__image_weight": 2.0, "nnclr__text_weight": 3.0},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"objective": "sclip", "sclip__label_scale": 1.0, "sclip__max_scale": 50.0},
+            {
+                "sclip__label_scale": 3.0,
+                "sclip__image_weight": 4.0,
+                "sclip__text_weight": 5.0,
+                "sclip__max_scale": 2.0,
+            },
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"objective": "sail", "fusemix__alpha": 0.5},
+            {"fusemix__alpha": 4.0},
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["structure", "clip", "nnclr", "sclip", "fusemix"],
+)
+def test_options_of_an_objective_differ_within_a_program(fields, other, tmp_path, monkeypatch):
+    """Each run has its own, and they do change what comes of it."""
+    sizes = counted(monkeypatch)
+    short = {"steps": 4, "eval_every": 0, "checkpoint_every": 0, "select": "last"}
+    configs = [config(**short, **fields), config(**short, **(fields | other))]
+    _, paths = run(configs, tmp_path)
+    assert sizes == [2]
+    for i, one in enumerate(configs):
+        train(one, tmp_path / f"alone_{i}", quiet=True)
+        assert_same_parameters(paths[i], tmp_path / f"alone_{i}")
+    first, last = (records(path)[-1]["train/parameter_norm"] for path in paths)
+    assert first != last
+
+
 def test_teachers_of_one_shape_from_their_start(tmp_path, monkeypatch):
     sizes = counted(monkeypatch)
     names = ("cca", "procrustes")
@@ -139,6 +183,7 @@ def test_teachers_of_one_shape_from_their_start(tmp_path, monkeypatch):
         assert results(paths[i])["teacher_test"] == results(tmp_path / f"alone_{i}")["teacher_test"]
 
 
+@pytest.mark.slow
 def test_runs_that_need_other_programs_stand_apart(tmp_path, monkeypatch):
     sizes = counted(monkeypatch)
     configs = [
