@@ -49,7 +49,8 @@ class Layout:
     """How the table and the plot of a sweep read; what ``get_table()`` returns, as an object.
 
     Attributes:
-        rows: fields of the configuration, or labels as ``"label.NAME"``, one row a value.
+        rows: fields of the configuration, or labels as ``"label.NAME"``, one row a value;
+            numbers by size, other values as the file has them.
         columns: likewise; none: one column a metric.
         metrics: what is shown, as ``"test/t2i/recall@1"``: a part of ``results.json`` and the name
             in it; or ``"seconds"``, ``"selected_step"``, ``"pairs"``.
@@ -324,7 +325,7 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Rows by columns of cells, in the order of the file."""
+    """Rows by columns of cells: numbers in order of size, other values in that of the file."""
 
     layout: Layout
     rows: tuple[Key, ...]
@@ -403,9 +404,12 @@ def _cells(
 
 
 def _ordered(keys: Iterable[Key]) -> list[Key]:
-    """Distinct keys, sorted by the first appearance of each of their parts."""
+    """Distinct keys, sorted part by part: numbers by size, all else by first appearance."""
     distinct = list(dict.fromkeys(keys))
     parts = [list(dict.fromkeys(part)) for part in zip(*distinct, strict=True)]
+    for part in parts:
+        if all(isinstance(v, int | float) and not isinstance(v, bool) for v in part):
+            part.sort()
     return sorted(distinct, key=lambda k: [p.index(v) for p, v in zip(parts, k, strict=True)])
 
 

@@ -425,6 +425,19 @@ def test_the_papers_figures_by_column():
     ]
 
 
+def test_numbers_stand_in_order_of_size_and_words_in_that_of_the_file():
+    assigned = hyper.chain(
+        hyper.fixed({"label.method": "sail", "data.n_pairs": 300}),
+        hyper.product(
+            hyper.fixed("label.method", "ours"), hyper.sweep("data.n_pairs", [100, 300, 20])
+        ),
+    )
+    spec = {"rows": "label.method", "columns": "data.n_pairs"}
+    grid = grid_of(assigned, lambda fields: outcome(0.1), spec)
+    assert grid.rows == (("sail",), ("ours",))
+    assert grid.columns == ((20,), (100,), (300,))
+
+
 # ---- plots
 
 
