@@ -12,7 +12,8 @@ CC3M (for the synthetic captions, an image may be of a pair and unpaired as well
 `table2_pair_source.py:runlocal` asks the same of the embedded emoji: two vendors' drawings, by the
 same encoder, with long or short captions; 300 pairs, three draws. The unpaired rows are always both
 drawings and both captions of the rest. Other than in the paper, the test is of the kind of the
-pairs. 36 runs, an estimated two minutes on two CPU cores, not run.
+pairs. 36 runs, three minutes on two CPU cores beside other work: 11.6 and 10.5 with Noto's drawings
+and long, short captions, 10.8 and 11.4 with Fluent's; their teachers have 12.8, 11.2, 12.1, 11.7.
 
 The paper (table 2), 10,000 pairs, 1M + 1M unpaired rows of CC3M; ImageNet is zero-shot top-1, which
 a sweep does not measure; COCO val, recall@1:

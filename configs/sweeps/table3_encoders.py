@@ -11,7 +11,8 @@ other rows are run, and the same command goes on once they are there.
 The embedded emoji come from one image encoder and one text encoder. `table3_encoders.py:runlocal`
 lets the platonic world stand in, two views of one latent: the more noise each view has of its own,
 the less the two encoders have in common. 500 pairs, 4,000 + 4,000 unpaired rows, three worlds: 27
-runs, an estimated three minutes on two CPU cores, not run.
+runs, five minutes on two CPU cores beside other work: 99.9, 99.8, 91.5 at noise 0.5, 1, 2; their
+teachers have 75.3, 72.8, 58.0.
 
 The paper (table 3), 10,000 pairs and 1M + 1M unpaired rows of CC3M; ImageNet is zero-shot top-1,
 which a sweep does not measure; COCO val, recall@1; mutual k-nearest neighbours of the two encoders,

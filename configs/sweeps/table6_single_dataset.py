@@ -18,7 +18,9 @@ pairs support here. The published SUE trains a network a modality. The alphas go
 
 `table6_single_dataset.py:runlocal` asks the same of the embedded emoji: 100 pairs, the other 700
 emoji unpaired, 400 test pairs, three draws; with networks of SUE that suit a CPU, and without the
-MLP, which does not. 24 runs, an estimated three minutes on two CPU cores, not run.
+MLP, which does not. 24 runs, a minute on two CPU cores beside other work. I2T, T2I: CSA 14.8,
+14.6 (with our defaults 18.2, 18.3), contrastive 17.7, 18.3, SUE 1.4, 1.8 (11.7, 11.3), SOTAlign
+20.5, 21.4.
 
 The paper (table 6; encoders not stated), 400 test rows, recall@5:
 
