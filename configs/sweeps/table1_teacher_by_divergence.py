@@ -47,7 +47,7 @@ def get_hyper(hyper, arg=None):
         hyper.fixed({"teacher.name": "contrastive", "teacher.dim": dim, "teacher.weighted": False}),
     )
     # Divergences differ in scale: nats of a plan, nats of a row, one less a cosine.
-    alphas = small.get(arg, (1e-3, 1e-4, 1e-5))
+    alphas = small.get(arg or "", (1e-3, 1e-4, 1e-5))
     return hyper.product(
         teachers,
         hyper.sweep("loss.divergence", _DIVERGENCES),

@@ -88,9 +88,9 @@ def get_hyper(hyper, arg=None):
         weights_of("sclip"),
     ]
     small = {"runlocal": (1e-3, 3e-3, 1e-2, 3e-2), "platonic": (1e-2, 1e-1, 1.0, 10.0)}
-    alphas = small.get(arg, (1e-3, 1e-4, 1e-5))
+    alphas = small.get(arg or "", (1e-3, 1e-4, 1e-5))
     few = {"runlocal": {"data.n_pairs": 799}, "platonic": {"data.n_pairs": 4_000}}
-    many = few.get(arg, {"data.n_pairs": 1_000_000, "data.n_unpaired": 1_000})
+    many = few.get(arg or "", {"data.n_pairs": 1_000_000, "data.n_unpaired": 1_000})
     return hyper.product(
         hyper.chain(
             method("SAIL, many pairs", "sail", **many),
