@@ -38,7 +38,7 @@ def get_config(arg=None):
 
 
 def get_hyper(hyper, arg=None):
-    small = {"runlocal": (1e-3, 1e-2, 1e-1), "platonic": (1e-1, 1.0, 10.0)}
+    small = {"runlocal": (1e-3, 1e-2, 1e-1), "platonic": (1e-1, 1.0)}
     dim = 256 if arg in small else 1_024
     teachers = hyper.chain(
         hyper.fixed({"teacher.name": "procrustes"}),

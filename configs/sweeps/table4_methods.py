@@ -42,7 +42,8 @@ def get_config(arg=None):
         config.batch.unpaired = 512
         config.model.init = "random"
         config.model.dim = 256
-        config.steps = 500
+        config.loss.epsilon = 0.1
+        config.steps = 1_000
         config.eval_every = config.checkpoint_every = 0
         return config
     if arg != "runlocal":
@@ -87,7 +88,7 @@ def get_hyper(hyper, arg=None):
         hyper.sweep("sclip.space", ("unimodal",) if local else ("unimodal", "joint")),
         weights_of("sclip"),
     ]
-    small = {"runlocal": (1e-3, 3e-3, 1e-2, 3e-2), "platonic": (1e-2, 1e-1, 1.0, 10.0)}
+    small = {"runlocal": (1e-3, 3e-3, 1e-2, 3e-2), "platonic": (1e-1, 1.0, 10.0)}
     alphas = small.get(arg or "", (1e-3, 1e-4, 1e-5))
     few = {"runlocal": {"data.n_pairs": 799}, "platonic": {"data.n_pairs": 4_000}}
     many = few.get(arg or "", {"data.n_pairs": 1_000_000, "data.n_unpaired": 1_000})
