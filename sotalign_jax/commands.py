@@ -25,13 +25,18 @@ from sotalign_jax.training.workdir import read_json, write_json
 
 __all__ = [
     "USAGE",
+    "aligner_path",
     "compare",
     "diagnose",
     "embed",
     "evaluate",
     "fit_teacher",
+    "given_pairs",
     "inspect",
+    "load_aligner",
+    "progress",
     "report",
+    "test_pairs",
     "train",
 ]
 
@@ -44,6 +49,8 @@ USAGE = """sotalign: semi-supervised alignment of frozen image and text encoders
   sotalign embed       --workdir=DIR [--image=F] [--text=F] [--out=DIR]    features to embeddings
   sotalign fit-teacher --config=FILE.py --out=DIR        the linear teacher alone, as an aligner
   sotalign diagnose    --config=FILE.py [--out=FILE.json]    is its data worth training on?
+  sotalign export      --workdir=DIR --out=DIR [--format=torch|clip-retrieval]    for other tools
+  sotalign import-sail FILE.pt --out=DIR                 heads that SAIL's code saved, as an aligner
   sotalign report      DIR [--out=FILE.html]    a page on a run, a comparison or a sweep
   sotalign inspect     PATH ...                          features, an aligner or a run, described
 
@@ -158,8 +165,8 @@ def evaluate(
     if out is not None and Path(out).exists():
         raise ValueError(f"out: {out} exists; give another file or remove it")
     aligner = load_aligner(workdir)
-    pairs = _given_pairs(image, text) or _test_pairs(workdir)
-    with _progress(console, "rows", len(pairs.image) + len(pairs.text)) as advance:
+    pairs = given_pairs(image, text) or test_pairs(workdir)
+    with progress(console, "rows", len(pairs.image) + len(pairs.text)) as advance:
         scores = training.evaluate(aligner, pairs, progress=advance)
     table = retrieval_table(f"{len(pairs.image)} images, {len(pairs.text)} texts")
     add_scores(table, "aligner", scores)
@@ -191,7 +198,7 @@ def embed(
             raise ValueError(f"out: {root / side} exists; give another directory or remove it")
     tables = {side: features.open_features(path, modality=side) for side, path in given.items()}
     if not given:
-        pairs = _test_pairs(workdir)
+        pairs = test_pairs(workdir)
         tables = {"image": pairs.image, "text": pairs.text}
     for side, table in tables.items():
         check_width(aligner, side, table)
@@ -200,7 +207,7 @@ def embed(
     written = []
     for side, table in tables.items():
         target = root / side
-        with _progress(console, f"{side} rows", len(table)) as advance:
+        with progress(console, f"{side} rows", len(table)) as advance:
             features.write_store(
                 target,
                 training.embed_chunks(aligner, side, table, progress=advance),
@@ -253,12 +260,17 @@ def tell(name: str, what: str, message: str, status: int) -> int:
     return status
 
 
-def load_aligner(workdir: str) -> Aligner | FittedAligner:
-    """The aligner of a run, of a fitted teacher, or saved in the directory itself."""
+def aligner_path(workdir: str) -> Path:
+    """Where the aligner of a run or of a fitted teacher is, or one saved in the directory."""
     for directory in (Path(workdir) / "aligner", Path(workdir)):
         if (directory / "aligner.json").exists():
-            return fitted.load_aligner(directory)
+            return directory
     raise ValueError(f"workdir: {workdir} holds no aligner; train one with `sotalign train`")
+
+
+def load_aligner(workdir: str) -> Aligner | FittedAligner:
+    """The aligner that `aligner_path` finds."""
+    return fitted.load_aligner(aligner_path(workdir))
 
 
 def retrieval_table(title: str) -> Table:
@@ -283,7 +295,7 @@ def add_scores(table: Table, label: str, scores: dict[str, float]) -> None:
 
 
 @contextlib.contextmanager
-def _progress(console: Console, unit: str, total: int) -> Iterator[Callable[[int], None]]:
+def progress(console: Console, unit: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar that counts rows; off a terminal, no line for what one chunk does at once."""
     quiet = not console.is_terminal and total <= CHUNK
     bar = ProgressBar(console, total, 0, unit=unit, quiet=quiet)
@@ -300,7 +312,7 @@ def _progress(console: Console, unit: str, total: int) -> Iterator[Callable[[int
         bar.close()
 
 
-def _given_pairs(image: str | None, text: str | None) -> Pairs | None:
+def given_pairs(image: str | None, text: str | None) -> Pairs | None:
     if image is None and text is None:
         return None
     if image is None or text is None:
@@ -314,7 +326,7 @@ def _given_pairs(image: str | None, text: str | None) -> Pairs | None:
     return pairs
 
 
-def _test_pairs(workdir: str) -> Pairs:
+def test_pairs(workdir: str) -> Pairs:
     """The test pairs of the run in a directory."""
     recorded = Path(workdir) / "config.json"
     if recorded.exists():

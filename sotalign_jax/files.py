@@ -1,10 +1,13 @@
 """How every floor writes files: under another name first, so that half of one is never seen."""
 
+import contextlib
 import os
+import shutil
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["flush_files", "replace_text"]
+__all__ = ["check_absent", "flush_files", "new_directory", "replace_text"]
 
 
 def replace_text(path: str | os.PathLike, text: str) -> None:
@@ -36,11 +39,50 @@ def flush_files(directory: str | os.PathLike) -> None:
     """Sends the files of a directory to the disk, before the directory is renamed into place.
 
     Args:
-        directory: holds files only.
+        directory: its own files; those of directories in it are left to the caller.
 
     Raises:
         OSError: a file cannot be opened or synchronised.
     """
     for path in Path(directory).iterdir():
+        if path.is_dir():
+            continue
         with open(path, "r+b") as file:  # some systems synchronise only what may be written
             os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def new_directory(path: str | os.PathLike, name: str = "out") -> Iterator[Path]:
+    """A directory that is there once it is whole: filled under another name, then renamed.
+
+    Args:
+        path: what it will be called; parents are made.
+        name: what errors call it.
+
+    Yields:
+        A directory to fill, beside that. It is removed again where filling it fails.
+
+    Raises:
+        ValueError: something stands there already, before or after the filling.
+        OSError: it cannot be written.
+    """
+    path = Path(path)
+    check_absent(path, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    partial.mkdir()
+    try:
+        yield partial
+        for folder in (partial, *(entry for entry in partial.rglob("*") if entry.is_dir())):
+            flush_files(folder)
+        check_absent(path, name)
+        os.rename(partial, path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def check_absent(path: str | os.PathLike, name: str = "out") -> None:
+    """Raises a ValueError that calls it ``name`` where something stands under a path."""
+    if Path(path).exists():
+        raise ValueError(f"{name}: {path} exists; give another directory or remove it")

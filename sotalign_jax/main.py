@@ -5,7 +5,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sotalign_jax import commands, sweep_commands
+from sotalign_jax import commands, interop_commands, sweep_commands
 from sotalign_jax.config import explain
 from sotalign_jax.training.distributed import Preempted, left_to_first, quick_end
 
@@ -26,7 +26,8 @@ COMMANDS = {
 WORDS = {
     "inspect": commands.inspect,
     "report": lambda words: commands.report(words, _OUT.value),
-    "sweep": sweep_commands.sweep,
+    **interop_commands.WORDS,
+    **sweep_commands.WORDS,
 }
 
 

@@ -24,7 +24,7 @@ from sotalign_jax.sweeps.submit import parse_options, submit
 from sotalign_jax.training import distributed
 from sotalign_jax.training.metrics import make_console
 
-__all__ = ["plot", "run", "status", "sweep", "table", "with_config_flag"]
+__all__ = ["WORDS", "plot", "run", "status", "sweep", "table", "with_config_flag"]
 
 _POINT = flags.DEFINE_list("point", [], "Numbers or keys of the points of a sweep to run.")
 _SHARD = flags.DEFINE_string("shard", "1/1", "i/n: every n-th group of points, from the i-th on.")
@@ -233,3 +233,7 @@ def _by_message(failed: Mapping[str, str]) -> dict[str, list[str]]:
 
 def _say(console: Console, text: Any) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+# By the command's name, for `main`.
+WORDS = {"sweep": sweep}

@@ -49,7 +49,7 @@ def here(capsys, monkeypatch):
 
     def call(*arguments):
         flags.FLAGS.unparse_flags()
-        for name in ("config", "workdir", "image", "text", "out", "verbosity"):
+        for name in ("config", "workdir", "image", "text", "out", "verbosity", "format"):
             flags.FLAGS[name].unparse()
         for name in [n for n in flags.FLAGS if n.startswith("config.")]:
             delattr(flags.FLAGS, name)
@@ -427,3 +427,37 @@ def test_diagnose_says_what_it_found_and_writes_it(here, tmp_path):
 def test_diagnose_needs_a_config(here):
     status, _, err = here("diagnose")
     assert status == 2 and "--config: this command needs it" in err
+
+
+def test_export(here, trained, tmp_path):
+    status, out, _ = here("export", f"--workdir={trained}", f"--out={tmp_path / 'heads'}")
+    assert status == 0 and "heads of" in out
+    assert (tmp_path / "heads" / "model.safetensors").exists()
+    status, out, _ = here(
+        "export",
+        f"--workdir={trained}",
+        f"--out={tmp_path / 'index'}",
+        "--format=clip-retrieval",
+    )
+    assert status == 0 and "1 shards" in out
+    assert (tmp_path / "index" / "img_emb" / "img_emb_0.npy").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["export"], "--workdir: this command needs it"),
+        (["export", "--workdir=nowhere", "--out=somewhere"], "nowhere holds no aligner"),
+        (["export", "more", "--workdir=a", "--out=b"], "more: unexpected"),
+        (["export", "--workdir=a", "--out=b", "--image=c"], "they belong to"),
+        (["export", "--workdir=a", "--out=b", "--format=onnx"], "--format"),
+        (["import-sail", "--out=b"], "import-sail: give one checkpoint, got 0"),
+        (["import-sail", "nowhere.pt"], "--out: this command needs it"),
+        (["import-sail", "nowhere.pt", "--out=b"], "nowhere.pt: no such file"),
+    ],
+)
+def test_what_export_and_import_refuse(arguments, message, here, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = here(*arguments)
+    assert status == 2 and message in err and len(err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,7 @@ from flax import nnx
 from rich.console import Console
 
 from sotalign_jax.config import Config
-from sotalign_jax.features import Pairs
+from sotalign_jax.features import FeatureTable, Pairs
 from sotalign_jax.fitted import FittedAligner
 from sotalign_jax.models import Aligner
 from sotalign_jax.objectives import OBJECTIVES
@@ -29,6 +29,8 @@ from sotalign_jax.training.workdir import Workdir, write_json
 __all__ = ["Record", "checked_means", "evaluate_teacher", "write_results"]
 
 Scores = dict[str, dict[str, float]]
+
+_MANIFEST = ("encoder", "pooling", "normalized", "source", "licence")
 
 
 class Record:
@@ -198,13 +200,29 @@ def write_results(
 
     def write() -> None:
         if jax.process_index() == 0:
-            description = {"data": splits.description, "config": json.loads(config.to_json())}
+            description = {
+                "data": splits.description,
+                "features": {
+                    "image": _described(splits.pairs.image),
+                    "text": _described(splits.pairs.text),
+                },
+                "config": json.loads(config.to_json()),
+            }
             aligner.save(home.aligner, metadata=description | {"step": step})
             Aligner.from_teacher(teacher).save(home.teacher, metadata=description)
             write_json(home.results, results)
 
     together(write)
     return from_first(lambda: results)
+
+
+def _described(table: FeatureTable) -> dict[str, Any]:
+    """What is known of features, for whoever is to make more of them."""
+    manifest = table.manifest
+    known = {name: getattr(manifest, name) for name in _MANIFEST}
+    return {name: value for name, value in known.items() if value not in ("", None)} | {
+        "dim": table.dim
+    }
 
 
 def _held_out(inputs: Inputs) -> list[tuple[str, Pairs]]:
