@@ -47,6 +47,7 @@ def get_config(arg=None):
     config.data.files.n_val = 0  # or hold out this many images of the paired corpus
     config.data.files.test_image = ""  # to report on; several texts an image are welcome
     config.data.files.test_text = ""
+    config.data.files.n_test = 0  # or hold out this many images, the same ones for every seed
     config.data.emoji.image = "google"  # google (Noto drawings) | fluent3d
     config.data.emoji.text = "label_tags"  # label_tags | label
     config.data.emoji.unpaired = "emoji"  # emoji | openclipart

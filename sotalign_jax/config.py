@@ -63,6 +63,7 @@ def default_config() -> Config:
     config.data.files.val_image = ""
     config.data.files.val_text = ""
     config.data.files.n_val = 0
+    config.data.files.n_test = 0
     config.data.files.test_image = ""
     config.data.files.test_text = ""
     config.data.emoji = ml_collections.ConfigDict()
@@ -213,6 +214,7 @@ _NOT_NEGATIVE = (
     "data.n_unpaired",
     "mesh.devices",
     "data.files.n_val",
+    "data.files.n_test",
     "data.platonic.noise",
     "teacher.dim",
     "model.width_factor",

@@ -207,7 +207,7 @@ class Layout:
                 fields = f"config.data.files.{part}_image and {part}_text"
                 raise ConfigError(
                     f"get_table: {name}: point {without.number} has no {part} pairs; give {fields}"
-                    + (", or config.data.files.n_val" if part == "val" else "")
+                    + f", or config.data.files.n_{part}"
                 )
         last = {point.value(self.rows[-1]) for point in points}
         for row, source in self.teacher_rows.items():
@@ -510,7 +510,7 @@ def _has(point: Point, part: str) -> bool:
     files = point.config.data.files
     if part not in ("val", "test") or point.config.data.name != "files" or not files.image:
         return True  # not of files, or of none yet
-    return bool(files[f"{part}_image"] or (part == "val" and files.n_val))
+    return bool(files[f"{part}_image"] or files[f"n_{part}"])
 
 
 def _check_key(key: Any, fields: tuple[str, ...], name: str, where: str) -> None:

@@ -43,6 +43,8 @@ _CHUNK = 8_192
 _PARTS = 16
 # Pairs a step of the contrastive teacher: all of the paper's 10,000.
 _CONTRASTIVE_BATCH = 10_000
+# Draws the images of `n_test`: runs on any seed are to report on the same ones.
+_TEST_SEED = 2**40
 
 
 def load_splits(config: Config) -> Splits:
@@ -121,6 +123,9 @@ def load_test_pairs(config: Config) -> Pairs | None:
         test = features.platonic_world(seed=config.seed, **data.platonic.to_dict() | sizes).test
     else:
         test = _held_out(data.files, "test")
+        if data.files.n_test:
+            corpus = _corpus(data.files)
+            _, test = _split_off(corpus, "n_test", data.files, _TEST_SEED)
     if test is not None:
         features.check_finite(test.image)
         features.check_finite(test.text)
@@ -142,19 +147,14 @@ def _fewer_unpaired(splits: Splits, count: int) -> Splits:
 
 def _from_files(config: Config) -> Splits:
     files = config.data.files
-    for name in ("image", "text"):
-        if not files[name]:
-            raise ConfigError(
-                f"config.data.files.{name}: no path given; the paired {name} features are needed"
-            )
-    image, text = _open(files, "image"), _open(files, "text")
-    val = _held_out(files, "val")
-    test = _held_out(files, "test")
-    corpus = features.pair(image, text, on=files.on)
-    if files.n_val and val is not None:
-        raise ConfigError("config.data.files.n_val: give this or val_image and val_text, not both")
-    if files.n_val:
-        corpus, val = _split_off(corpus, files.n_val, config.seed)
+    corpus = _corpus(files)
+    held_out = {name: _held_out(files, name) for name in ("test", "val")}
+    description = f"{corpus.image.name} with {corpus.text.name}, unpaired rows {files.mode}"
+    # Test first, so that neither its rows nor their number depend on the validation rows.
+    for name, seed in (("test", _TEST_SEED), ("val", config.seed)):
+        if files[f"n_{name}"]:
+            corpus, held_out[name] = _split_off(corpus, f"n_{name}", files, seed)
+    test, val = held_out["test"], held_out["val"]
     independent = files.mode == "independent"
     if independent != bool(files.unpaired_image) or independent != bool(files.unpaired_text):
         raise ConfigError(
@@ -179,8 +179,18 @@ def _from_files(config: Config) -> Splits:
         unpaired_text=unpaired_text,
         val=val,
         test=test,
-        description=f"{image.name} with {text.name}, unpaired rows {files.mode}",
+        description=description,
     )
+
+
+def _corpus(files) -> Pairs:
+    """All pairs of the paired corpus."""
+    for name in ("image", "text"):
+        if not files[name]:
+            raise ConfigError(
+                f"config.data.files.{name}: no path given; the paired {name} features are needed"
+            )
+    return features.pair(_open(files, "image"), _open(files, "text"), on=files.on)
 
 
 def _open(files, name: str) -> FeatureTable:
@@ -193,6 +203,10 @@ def _open(files, name: str) -> FeatureTable:
 
 def _held_out(files, name: str) -> Pairs | None:
     given = [bool(files[f"{name}_{side}"]) for side in ("image", "text")]
+    if any(given) and files[f"n_{name}"]:
+        raise ConfigError(
+            f"config.data.files.n_{name}: give this or {name}_image and {name}_text, not both"
+        )
     if not any(given):
         return None
     if not all(given):
@@ -207,12 +221,14 @@ def _held_out_ids(corpus: Pairs, *held_out: Pairs | None) -> np.ndarray | None:
     return np.concatenate(ids) if ids and corpus.image.ids is not None else None
 
 
-def _split_off(corpus: Pairs, count: int, seed: int) -> tuple[Pairs, Pairs]:
-    """``count`` images with all their texts for validation, and the rest."""
+def _split_off(corpus: Pairs, name: str, files, seed: int) -> tuple[Pairs, Pairs]:
+    """As many images as a field says, with all their texts, after the rest of them."""
+    count = files[name]
     if count >= len(corpus.image):
+        rest = " left" if name == "n_val" and files.n_test else ""
         raise ConfigError(
-            f"config.data.files.n_val: {count} asked, but the paired corpus has "
-            f"{len(corpus.image)} images"
+            f"config.data.files.{name}: {count} asked, but the paired corpus has "
+            f"{len(corpus.image)} images{rest}"
         )
     # Its own stream of random numbers: the pairs are drawn from `seed` itself.
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1,)))

@@ -132,6 +132,35 @@ def test_validation_is_split_off_rows_without_ids(corpus):
     )
 
 
+@pytest.mark.parametrize("ids", [True, False])
+def test_test_pairs_that_are_split_off(corpus, ids):
+    """The same ones for every seed, in no other part, and what `evaluate` loads again."""
+    rows = {} if ids else {name: corpus.paths[f"{name}_rows"] for name in ("image", "text")}
+    seen = []
+    for seed in (0, 1):
+        config = validate(corpus.config(**rows, n_test=25, n_val=16, seed=seed, mode="aligned"))
+        splits = load_splits(config)
+        assert splits.val is not None and splits.test is not None
+        parts = {
+            "pairs": splits.pairs.image,
+            "unpaired": splits.unpaired_image,
+            "val": splits.val.image,
+            "test": splits.test.image,
+        }
+        found = {name: true_rows(table, corpus.image) for name, table in parts.items()}
+        assert [len(rows) for rows in found.values()] == [64, 160 - 64 - 16 - 25, 16, 25]
+        assert len(np.unique(np.concatenate(list(found.values())))) == 160
+        again = load_test_pairs(config)
+        assert again is not None
+        for test in (splits.test, again):
+            owners = true_rows(test.image, corpus.image)[test.text_to_image]
+            np.testing.assert_array_equal(owners, true_rows(test.text, corpus.text))
+        np.testing.assert_array_equal(again.image.array(), splits.test.image.array())
+        seen.append(found)
+    np.testing.assert_array_equal(seen[0]["test"], seen[1]["test"])
+    assert set(seen[0]["val"]) != set(seen[1]["val"])
+
+
 def test_paths_may_name_one_array_of_several(corpus, tmp_path):
     np.savez(tmp_path / "both.npz", image=corpus.image, text=corpus.text)
     image, text = (f"{tmp_path / 'both.npz'}:{name}" for name in ("image", "text"))
@@ -275,6 +304,15 @@ def wrong(corpus, root, case):
         return corpus.config(data__n_unpaired=49), r"n_unpaired: 49 asked, but .* has 48"
     if case == "n_val":
         return corpus.config(n_val=160), r"config.data.files.n_val: 160 asked, .* 160 images"
+    if case == "n_test":
+        return corpus.config(n_test=160), r"config.data.files.n_test: 160 asked, .* 160 images$"
+    if case == "n_val beside n_test":
+        fields = {"n_test": 100, "n_val": 60}
+        return corpus.config(**fields), r"n_val: 60 asked, .* has 60 images left$"
+    if case == "n_test and files":
+        return corpus.config(
+            "test_image", "test_text", n_test=3
+        ), r"n_test: give this or test_im"
     if case == "n_val and files":
         return corpus.config("val_image", "val_text", n_val=3), r"config.data.files.n_val: give"
     if case == "half a test set":
@@ -315,6 +353,9 @@ def wrong(corpus, root, case):
         "more pairs",
         "more unpaired",
         "n_val",
+        "n_test",
+        "n_val beside n_test",
+        "n_test and files",
         "n_val and files",
         "half a test set",
         "independent without files",
