@@ -310,9 +310,7 @@ def wrong(corpus, root, case):
         fields = {"n_test": 100, "n_val": 60}
         return corpus.config(**fields), r"n_val: 60 asked, .* has 60 images left$"
     if case == "n_test and files":
-        return corpus.config(
-            "test_image", "test_text", n_test=3
-        ), r"n_test: give this or test_im"
+        return corpus.config("test_image", "test_text", n_test=3), r"n_test: give this or test_im"
     if case == "n_val and files":
         return corpus.config("val_image", "val_text", n_val=3), r"config.data.files.n_val: give"
     if case == "half a test set":
