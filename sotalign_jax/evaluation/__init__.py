@@ -1,5 +1,7 @@
 """Measures of alignment, and of what there is to align: arrays in, numbers out."""
 
+from sotalign_jax.evaluation.classification import class_embeddings, classification_metrics
+from sotalign_jax.evaluation.compositional import mmvp_metrics, winoground_metrics
 from sotalign_jax.evaluation.diagnosis import Finding, describe, diagnose
 from sotalign_jax.evaluation.duplicates import Duplicates, find_duplicates
 from sotalign_jax.evaluation.examples import Examples, Ranking, rank_queries, retrieval_examples
@@ -18,16 +20,20 @@ __all__ = [
     "Finding",
     "Ranking",
     "circular_wasserstein",
+    "class_embeddings",
+    "classification_metrics",
     "describe",
     "diagnose",
     "distribution_shift",
     "feature_health",
     "find_duplicates",
     "linear_cka",
+    "mmvp_metrics",
     "mutual_knn",
     "rank_queries",
     "retrieval_examples",
     "retrieval_metrics",
     "retrieval_of_scores",
     "spherical_sliced_wasserstein",
+    "winoground_metrics",
 ]
