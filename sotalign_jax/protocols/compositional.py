@@ -1,0 +1,135 @@
+"""Winoground and MMVP-VLM: two images and two captions at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from sotalign_jax.evaluation import mmvp_metrics, winoground_metrics
+from sotalign_jax.features import FeatureTable
+from sotalign_jax.protocols.base import Progress, Protocol, Published, Rows, check_unique, listed
+from sotalign_jax.training.evaluate import embed_chunks
+
+__all__ = ["COMPOSITIONAL", "MMVP_PATTERNS", "ItemProtocol"]
+
+# In the order of the questions, fifteen pairs each.
+MMVP_PATTERNS = (
+    "Orientation and Direction",
+    "Presence of Specific Features",
+    "State and Condition",
+    "Quantity and Count",
+    "Positional and Relational Context",
+    "Color and Appearance",
+    "Structural Characteristics",
+    "Texts",
+    "Viewpoint and Perspective",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ItemProtocol(Protocol):
+    """Items of two images and two captions each.
+
+    Attributes:
+        items: how many there are.
+        patterns: names of equal runs of items; without any, the scores are Winoground's.
+    """
+
+    items: int
+    patterns: tuple[str, ...] = ()
+
+    @property
+    def expected(self) -> str:
+        """See `Protocol`."""
+        return f"{self.items:,} items of two images and two texts"
+
+    def select(self, image: FeatureTable, text: FeatureTable, **options: Any) -> Rows:
+        """See `Protocol`; an item's two rows stand beside each other."""
+        return Rows(self._ordered("image", image), self._ordered("text", text))
+
+    def _score(self, aligner, rows: Rows, progress: Progress | None) -> dict[str, float]:
+        first = 2 * np.arange(self.items)[:, None]
+        # Image and caption of every combination stand in one row of two tables, so that embeddings
+        # of any width are compared chunk by chunk.
+        left = rows.image.select((first + np.array([0, 0, 1, 1])).ravel())
+        right = rows.text.select((first + np.array([0, 1, 0, 1])).ravel())
+        products = [
+            np.einsum("nd,nd->n", a.astype(np.float64), b.astype(np.float64))
+            for a, b in zip(
+                embed_chunks(aligner, "image", left),
+                embed_chunks(aligner, "text", right),
+                strict=True,
+            )
+        ]
+        scores = np.concatenate(products).reshape(-1, 2, 2)
+        if self.patterns:
+            return mmvp_metrics(scores, self.patterns)
+        return winoground_metrics(scores)
+
+    def _ordered(self, side: str, table: FeatureTable) -> FeatureTable:
+        """The rows of a table, item by item."""
+        ids = self.ids_of(side, table)
+        self.check_count(side, table, 2 * self.items)
+        check_unique(self, side, table, ids)
+        row_of = {name: row for row, name in enumerate(ids.tolist())}
+        wanted = [f"{item}/{part}" for item in range(self.items) for part in (0, 1)]
+        absent = [name for name in wanted if name not in row_of]
+        if absent:
+            raise self.refuse(
+                f"but {listed(np.array(absent))} of {side} ids are not in {table.name}",
+                f"ids must be {self.ids}; it has {str(ids[0])!r}",
+            )
+        return table.select(np.array([row_of[name] for name in wanted]))
+
+
+def _winoground(label: str, text: float, image: float, group: float, source: str) -> Published:
+    values = {"text_score": text, "image_score": image, "group_score": group}
+    return Published(label, values, source)
+
+
+COMPOSITIONAL = (
+    ItemProtocol(
+        name="winoground",
+        title="Winoground",
+        split="all 400 items",
+        rule="text, image and group score; own pairs strictly above the other two, a tie is wrong",
+        ids="ITEM/0 and ITEM/1, ITEM from 0 to 399: caption ITEM/k belongs to image ITEM/k",
+        source="Thrush et al., CVPR 2022; examples.jsonl",
+        shown={"text_score": "text", "image_score": "image", "group_score": "group"},
+        published=(
+            _winoground("chance", 25.0, 25.0, 16.67, "Thrush et al., CVPR 2022"),
+            _winoground(
+                "SAIL, DINOv2-L + NV-Embed-v2, 23M pairs", 40.25, 18.75, 15.0, "SAIL's paper"
+            ),
+            _winoground(
+                "SAIL, DINOv2-L + GTE-en-large, 23M pairs", 34.0, 13.25, 8.75, "SAIL's paper"
+            ),
+        ),
+        items=400,
+    ),
+    ItemProtocol(
+        name="mmvp",
+        title="MMVP-VLM",
+        split="all 135 pairs, nine patterns of 15",
+        rule="a pair is right if each caption scores its own image strictly above the other; mean "
+        "over patterns",
+        ids="PAIR/0 and PAIR/1, PAIR from 0 to 134 in the order of Questions.csv: caption PAIR/k "
+        "belongs to image PAIR/k",
+        source="Tong et al., CVPR 2024; Questions.csv, captions after 'a photo of '",
+        shown={"accuracy": "mean"} | {f"pattern/{name}": name for name in MMVP_PATTERNS},
+        published=(
+            Published("chance", {"accuracy": 25.0}, "two captions with two choices each"),
+            Published(
+                "SAIL, DINOv2-L + NV-Embed-v2, 23M pairs", {"accuracy": 28.9}, "SAIL's paper"
+            ),
+            Published(
+                "SAIL, DINOv2-L + GTE-en-large, 23M pairs", {"accuracy": 22.2}, "SAIL's paper"
+            ),
+        ),
+        remark="patterns are named by the order of the pairs, as in the published script",
+        items=135,
+        patterns=MMVP_PATTERNS,
+    ),
+)
