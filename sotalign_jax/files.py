@@ -4,10 +4,10 @@ import contextlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-__all__ = ["check_absent", "flush_files", "new_directory", "replace_text"]
+__all__ = ["check_absent", "flush_files", "new_directory", "replace_text", "replace_text_parts"]
 
 
 def replace_text(path: str | os.PathLike, text: str) -> None:
@@ -22,11 +22,24 @@ def replace_text(path: str | os.PathLike, text: str) -> None:
     Raises:
         OSError: the file cannot be written; what stood there is untouched.
     """
+    replace_text_parts(path, [text])
+
+
+def replace_text_parts(path: str | os.PathLike, parts: Iterable[str]) -> None:
+    """`replace_text` of a text that is made part by part, and not held.
+
+    Args:
+        path: the file, in a directory that exists; the temporary file is hidden beside it.
+        parts: its contents, one after another; what they raise leaves everything as it was.
+
+    Raises:
+        OSError: the file cannot be written; what stood there is untouched.
+    """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())  # or a power loss may leave the new name on an empty file
         os.replace(partial, path)

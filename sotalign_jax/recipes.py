@@ -1,0 +1,351 @@
+"""Where the data of the paper comes from, and the commands from there to features.
+
+Facts only: nothing is downloaded. Commands write features to ``features/DATA/ENCODER``, where the
+sweeps of ``configs/sweeps`` look for them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+__all__ = ["RECIPES", "Recipe", "Split", "find_recipe"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Part of a data set.
+
+    Attributes:
+        name: what its authors call it.
+        images: how many, or None where there are none.
+        texts: how many, or None where there are none.
+        remark: what the numbers are of.
+    """
+
+    name: str
+    images: int | None = None
+    texts: int | None = None
+    remark: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One data set.
+
+    Attributes:
+        name: what it is called here.
+        title: what people call it.
+        source: whose it is and where it is had.
+        licence: of the annotations and of the images.
+        splits: what it consists of.
+        files: which files are needed.
+        commands: from these files to features.
+        traps: what goes wrong.
+        protocols: names of the protocols that are run on it.
+        used_for: what the paper takes it for.
+        tfds: its name and version in tensorflow-datasets, or ``""``.
+    """
+
+    name: str
+    title: str
+    source: str
+    licence: str
+    splits: tuple[Split, ...]
+    files: tuple[str, ...]
+    commands: tuple[str, ...]
+    traps: tuple[str, ...]
+    protocols: tuple[str, ...] = ()
+    used_for: str = ""
+    tfds: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The facts as JSON takes them."""
+        return dataclasses.asdict(self)
+
+
+_IMAGE, _TEXT = "--encoder=dinov3-vitl16", "--encoder=nv-embed-v2"
+_IMAGE_OUT, _TEXT_OUT = "features/{}/dinov3_vitl16", "features/{}/nv_embed_v2"
+
+
+def _encode(data: str, images: str | None, texts: str | None, more: str = "") -> tuple[str, ...]:
+    """The commands that encode a data set with the paper's encoders."""
+    commands = []
+    if images is not None:
+        out = _IMAGE_OUT.format(data)
+        commands.append(f"sotalign encode --images={images} {_IMAGE} --out={out}{more}")
+    if texts is not None:
+        commands.append(f"sotalign encode --texts={texts} {_TEXT} --out={_TEXT_OUT.format(data)}")
+    return tuple(commands)
+
+
+def _evaluate(protocol: str, data: str, texts: str | None = None, more: str = "") -> str:
+    image, text = _IMAGE_OUT.format(data), _TEXT_OUT.format(texts or data)
+    return (
+        f"sotalign evaluate --workdir=RUN --protocol={protocol} --image={image} --text={text}{more}"
+    )
+
+
+def _captions(name: str, annotations: str, out: str, more: str = "") -> str:
+    return f"sotalign data captions {name} --annotations={annotations} --out={out}{more}"
+
+
+_DEAD_LINKS = (
+    "many links are dead: download with retries, and expect to lose a fifth or more; pairs are "
+    "joined by id, so that missing rows do no harm"
+)
+_KEYS = (
+    "img2dataset names rows by their place in the list (nine digits, shards of 10,000): download "
+    "from the same file, unsorted, or ids do not join"
+)
+
+_RECIPES = (
+    Recipe(
+        name="cc3m",
+        title="Conceptual Captions (CC3M)",
+        source="Sharma et al., ACL 2018; Google, ai.google.com/research/ConceptualCaptions",
+        licence="annotations: free for any purpose, with acknowledgement of Google LLC; images: "
+        "those of their sites",
+        splits=(
+            Split("train", 3_318_333, 3_318_333, "one caption an image, links"),
+            Split("validation", 15_840, 15_840, "one caption an image, links"),
+        ),
+        files=("Train_GCC-training.tsv", "Validation_GCC-1.1.0-Validation.tsv"),
+        commands=(
+            _captions("cc3m_train", "Train_GCC-training.tsv", "cc3m.jsonl"),
+            _captions("cc3m_val", "Validation_GCC-1.1.0-Validation.tsv", "cc3m_val.jsonl"),
+            *_encode("cc3m", "'cc3m/{00000..00331}.tar'", "cc3m.jsonl", " --workers=16"),
+            *_encode("cc3m_val", "'cc3m_val/{00000..00001}.tar'", "cc3m_val.jsonl"),
+            _evaluate("cc3m_val", "cc3m_val"),
+        ),
+        traps=(
+            _DEAD_LINKS,
+            _KEYS,
+            "the files have no header; img2dataset needs one (caption, url)",
+        ),
+        protocols=("cc3m_val",),
+        used_for="10,000 pairs, 1M + 1M unpaired rows; validation chooses hyper-parameters",
+    ),
+    Recipe(
+        name="dreamlip_cc3m",
+        title="DreamLIP's synthetic captions of CC3M",
+        source="Zheng et al., ECCV 2024; qidouxiong619/dreamlip_long_captions on the Hugging Face "
+        "hub",
+        licence="CC BY 4.0 by its card; images: those of their sites",
+        splits=(
+            Split("train", None, None, "up to CC3M's 3,318,333; three models, short and long"),
+        ),
+        files=("cc3m_3long_3short_1raw_captions_url.csv",),
+        commands=(
+            _captions("cc3m_train", "Train_GCC-training.tsv", "cc3m.jsonl"),
+            _captions(
+                "dreamlip_cc3m",
+                "cc3m_3long_3short_1raw_captions_url.csv",
+                "cc3m_synthetic.jsonl",
+                " --urls=cc3m.jsonl --column=shortSV_captions",
+            ),
+            *_encode("cc3m_synthetic", None, "cc3m_synthetic.jsonl"),
+        ),
+        traps=(
+            "captions are tied to images by link alone: --urls gives them CC3M's ids; without it "
+            "ids are rows of this file, for images downloaded from it",
+            "seven columns of captions: say which one a result is of; SAIL's authors name raw and "
+            "short ShareGPT4V captions",
+            "captions hold line breaks: count rows by a CSV reader, not by lines",
+        ),
+        used_for="table 2 (pairs) and table 7 (unpaired texts): 'CC3M synthetic'",
+    ),
+    Recipe(
+        name="cc12m",
+        title="Conceptual 12M",
+        source="Changpinyo et al., CVPR 2021; github.com/google-research-datasets/conceptual-12m",
+        licence="annotations: free for any purpose, with acknowledgement of Google LLC; images: "
+        "those of their sites",
+        splits=(Split("train", 12_423_374, 12_423_374, "one caption an image, links"),),
+        files=("cc12m.tsv",),
+        commands=(
+            _captions("cc12m", "cc12m.tsv", "cc12m.jsonl"),
+            *_encode("cc12m", "'cc12m/{00000..01242}.tar'", "cc12m.jsonl", " --workers=16"),
+        ),
+        traps=(_DEAD_LINKS, _KEYS, "link and caption stand the other way round than in CC3M"),
+        used_for="tables 2 and 7",
+    ),
+    Recipe(
+        name="coco",
+        title="COCO captions",
+        source="Lin et al., ECCV 2014, Chen et al. 2015; cocodataset.org; Karpathy's splits: "
+        "caption_datasets.zip, cs.stanford.edu/people/karpathy/deepimagesent",
+        licence="annotations: CC BY 4.0; images: Flickr's terms of use",
+        splits=(
+            Split("val2017", 5_000, 25_014, "25,000 with the first five captions of each"),
+            Split("train2017", 118_287, 591_753, "591,435 with the first five of each"),
+            Split("Karpathy test", 5_000, 25_010, "of val2014"),
+            Split("Karpathy val", 5_000, 25_010, "of val2014"),
+            Split("Karpathy train", 82_783, 414_113, "train2014"),
+            Split("Karpathy restval", 30_504, 152_634, "the rest of val2014"),
+        ),
+        files=(
+            "val2017.zip, train2017.zip, annotations_trainval2017.zip",
+            "val2014.zip and dataset_coco.json for Karpathy's splits",
+        ),
+        commands=(
+            _captions("coco_val2017", "annotations/captions_val2017.json", "coco_val.jsonl"),
+            _captions("coco_train2017", "annotations/captions_train2017.json", "coco_train.jsonl"),
+            _captions("coco_karpathy_test", "dataset_coco.json", "coco_karpathy.jsonl"),
+            *_encode("coco_val", "val2017", "coco_val.jsonl"),
+            *_encode("coco_train", "train2017", "coco_train.jsonl"),
+            *_encode("coco_karpathy", "coco_karpathy.jsonl", "coco_karpathy.jsonl"),
+            _evaluate("coco_val2017", "coco_val"),
+            _evaluate("coco_karpathy", "coco_karpathy"),
+        ),
+        traps=(
+            "val2017 and Karpathy's test split have 5,000 images each, and not the same ones",
+            "12 images of val2017 have six captions and one has seven: five each are used",
+            "48 images of val2017 have captions and no objects: loaders of boxes drop them",
+            "do not train on train2017 or Karpathy's train split and call a test on COCO zero-shot",
+        ),
+        protocols=("coco_val2017", "coco_karpathy"),
+        used_for="the main test; tables 2 and 7",
+        tfds="coco_captions/2014:1.1.0 (Karpathy's splits)",
+    ),
+    Recipe(
+        name="flickr30k",
+        title="Flickr30k",
+        source="Young et al., TACL 2014; images on request: shannon.cs.illinois.edu/DenotationGraph"
+        "; dataset_flickr30k.json of Karpathy's caption_datasets.zip",
+        licence="images: Flickr's terms of use, for non-commercial research and education",
+        splits=(
+            Split("test", 1_000, 5_000, "Karpathy's"),
+            Split("val", 1_014, 5_070, "Karpathy's"),
+            Split("train", 29_000, 145_000, "Karpathy's"),
+        ),
+        files=("flickr30k-images/", "dataset_flickr30k.json"),
+        commands=(
+            _captions("flickr30k_test", "dataset_flickr30k.json", "flickr30k.jsonl"),
+            *_encode("flickr30k", "flickr30k.jsonl", "flickr30k.jsonl"),
+            _evaluate("flickr30k", "flickr30k"),
+        ),
+        traps=(
+            "captions hold commas: a CSV file split at commas cuts them (SUE's did)",
+            "the hub's copies put all 31,783 images into one split called test",
+        ),
+        protocols=("flickr30k",),
+        used_for="zero-shot retrieval; table 6",
+    ),
+    Recipe(
+        name="imagenet",
+        title="ImageNet-1k (ILSVRC 2012)",
+        source="Russakovsky et al., IJCV 2015; image-net.org, after registration",
+        licence="for non-commercial research and education",
+        splits=(
+            Split("train", 1_281_167, None),
+            Split("validation", 50_000, None, "50 of each of 1,000 classes"),
+        ),
+        files=("ILSVRC2012_img_val.tar", "ILSVRC2012_img_train.tar for unpaired images"),
+        commands=(
+            "sotalign data prompts imagenet --out=imagenet_prompts.jsonl",
+            *_encode("imagenet_prompts", None, "imagenet_prompts.jsonl"),
+            *_encode("imagenet_val", "val", None),
+            *_encode("imagenet", "train", None, " --workers=16"),
+            _evaluate("imagenet", "imagenet_val", "imagenet_prompts"),
+        ),
+        traps=(
+            "the validation archive is flat: sort it into folders n01440764/... or give "
+            "--labels=FILE",
+            "80 prompts of 1,000 classes are 80,000 texts: encode them once for an encoder",
+            "two pairs of classes share a name (sunglasses, missile): labels by name do not do",
+        ),
+        protocols=("imagenet",),
+        used_for="zero-shot classification; unpaired images of table 7",
+        tfds="imagenet2012:5.1.0",
+    ),
+    Recipe(
+        name="classification",
+        title="Food-101, CIFAR-10 and -100, FGVC-Aircraft, DTD, Flowers-102",
+        source="Bossard et al. 2014; Krizhevsky 2009; Maji et al. 2013; Cimpoi et al. 2014; "
+        "Nilsback and Zisserman 2008",
+        licence="for research; see each data set",
+        splits=(
+            Split("Food-101 test", 25_250, None, "101 classes"),
+            Split("CIFAR-10 test", 10_000, None, "10 classes"),
+            Split("CIFAR-100 test", 10_000, None, "100 classes"),
+            Split("FGVC-Aircraft test", 3_333, None, "100 variants"),
+            Split("DTD test 1", 1_880, None, "47 classes"),
+            Split("Flowers-102 test", 6_149, None, "102 classes"),
+        ),
+        files=("images in folders CLASS/NAME, or with a file of labels",),
+        commands=(
+            "sotalign data prompts food101 --out=food101_prompts.jsonl",
+            *_encode("food101_prompts", None, "food101_prompts.jsonl"),
+            *_encode("food101_test", "food101/test", None),
+            _evaluate("food101", "food101_test", "food101_prompts"),
+        ),
+        traps=(
+            "labels of Flowers-102 start at 1 in its own file: here numbers start at 0",
+            "the validation splits of FGVC-Aircraft and DTD are as large as the test splits",
+            "of DTD the first of ten partitions is meant",
+        ),
+        protocols=("food101", "cifar10", "cifar100", "aircraft", "dtd", "flowers102"),
+        used_for="zero-shot classification",
+        tfds="food101:2.0.0, cifar10:3.0.2, cifar100:3.0.2, dtd:3.0.1, oxford_flowers102:2.1.1",
+    ),
+    Recipe(
+        name="wikitext103",
+        title="WikiText-103",
+        source="Merity et al., ICLR 2017; wikitext-103-raw-v1 on the Hugging Face hub",
+        licence="CC BY-SA, of Wikipedia's articles",
+        splits=(Split("train", None, 1_801_350, "lines, of which many are empty or headings"),),
+        files=("wiki.train.raw",),
+        commands=(
+            _captions("wikitext103", "wiki.train.raw", "wikitext103.jsonl"),
+            *_encode("wikitext103", None, "wikitext103.jsonl"),
+        ),
+        traps=(
+            "take the raw version: the other has <unk> for rare words",
+            "paragraphs are far longer than captions: the text encoder's length cuts them",
+        ),
+        used_for="unpaired texts of table 7",
+    ),
+    Recipe(
+        name="winoground",
+        title="Winoground",
+        source="Thrush et al., CVPR 2022; facebook/winoground on the Hugging Face hub, on request",
+        licence="its own: for research, no training; images by Getty Images",
+        splits=(Split("test", 800, 800, "400 items of two images and two captions"),),
+        files=("examples.jsonl", "images.zip"),
+        commands=(
+            _captions("winoground", "examples.jsonl", "winoground.jsonl"),
+            *_encode("winoground", "winoground.jsonl", "winoground.jsonl"),
+            _evaluate("winoground", "winoground"),
+        ),
+        traps=("a tie is wrong; programs that take an arg-max count it as right",),
+        protocols=("winoground",),
+    ),
+    Recipe(
+        name="mmvp",
+        title="MMVP-VLM",
+        source="Tong et al., CVPR 2024; MMVP/MMVP_VLM on the Hugging Face hub",
+        licence="MIT by its card",
+        splits=(Split("all", 270, 270, "135 pairs, nine patterns of 15"),),
+        files=("Questions.csv", "MLLM_VLM Images/"),
+        commands=(
+            _captions("mmvp", "Questions.csv", "mmvp.jsonl"),
+            *_encode("mmvp", "mmvp.jsonl", "mmvp.jsonl"),
+            _evaluate("mmvp", "mmvp"),
+        ),
+        traps=(
+            "captions are 'a photo of ' and the statement",
+            "the order of the questions says which pattern a pair is of: do not sort them",
+        ),
+        protocols=("mmvp",),
+    ),
+)
+
+RECIPES = {recipe.name: recipe for recipe in _RECIPES}
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of a name, or a ValueError that lists them."""
+    if name not in RECIPES:
+        raise ValueError(f"data: no {name!r}; there are {', '.join(RECIPES)}")
+    return RECIPES[name]
