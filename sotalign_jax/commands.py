@@ -46,6 +46,7 @@ USAGE = """sotalign: semi-supervised alignment of frozen image and text encoders
   sotalign compare     --config=FILE.py --workdir=DIR    train methods on several seeds, one table
   sotalign sweep run   FILE.py --workdir=DIR             many runs; then: status, table, plot
   sotalign evaluate    --workdir=DIR [--image=F --text=F] [--out=FILE.json]    retrieval
+  sotalign evaluate    --workdir=DIR --protocol=NAME --image=F --text=F        COCO, ImageNet, ...
   sotalign embed       --workdir=DIR [--image=F] [--text=F] [--out=DIR]    features to embeddings
   sotalign fit-teacher --config=FILE.py --out=DIR        the linear teacher alone, as an aligner
   sotalign diagnose    --config=FILE.py [--out=FILE.json]    is its data worth training on?
@@ -53,6 +54,7 @@ USAGE = """sotalign: semi-supervised alignment of frozen image and text encoders
   sotalign import-sail FILE.pt --out=DIR                 heads that SAIL's code saved, as an aligner
   sotalign report      DIR [--out=FILE.html]    a page on a run, a comparison or a sweep
   sotalign inspect     PATH ...                          features, an aligner or a run, described
+  sotalign data        list | describe NAME | captions NAME | prompts NAME    where data comes from
 
 Any field of a config can be set on the command line: --config.loss.alpha=0.1
 """

@@ -5,7 +5,13 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sotalign_jax import commands, interop_commands, sweep_commands
+from sotalign_jax import (
+    commands,
+    data_commands,
+    interop_commands,
+    protocol_commands,
+    sweep_commands,
+)
 from sotalign_jax.config import explain
 from sotalign_jax.training.distributed import Preempted, left_to_first, quick_end
 
@@ -18,17 +24,20 @@ _OUT = flags.DEFINE_string("out", None, "Where to write.")
 COMMANDS = {
     "train": lambda: commands.train(_needed(_CONFIG), _needed(_WORKDIR)),
     "compare": lambda: commands.compare(_needed(_CONFIG), _needed(_WORKDIR)),
-    "evaluate": lambda: commands.evaluate(_needed(_WORKDIR), _IMAGE.value, _TEXT.value, _OUT.value),
+    "evaluate": lambda: protocol_commands.evaluate(_needed(_WORKDIR)),
     "embed": lambda: commands.embed(_needed(_WORKDIR), _IMAGE.value, _TEXT.value, _OUT.value),
     "diagnose": lambda: commands.diagnose(_needed(_CONFIG), _OUT.value),
     "fit-teacher": lambda: commands.fit_teacher(_needed(_CONFIG), _needed(_OUT)),
 }
-WORDS = {
-    "inspect": commands.inspect,
-    "report": lambda words: commands.report(words, _OUT.value),
-    **interop_commands.WORDS,
-    **sweep_commands.WORDS,
-}
+WORDS = (
+    data_commands.WORDS
+    | interop_commands.WORDS
+    | sweep_commands.WORDS
+    | {
+        "inspect": commands.inspect,
+        "report": lambda words: commands.report(words, _OUT.value),
+    }
+)
 
 
 def _needed(flag):
@@ -41,8 +50,7 @@ def _main(argv: list[str]) -> int:
     name, *paths = argv[1:]
     try:
         if name in WORDS:
-            status = WORDS[name](paths)
-            return status if isinstance(status, int) else 0
+            return status if isinstance(status := WORDS[name](paths), int) else 0
         if paths:
             raise ValueError(f"{paths[0]}: unexpected; flags are written --name=value")
         if name not in ("train", "compare") and (other := left_to_first()):

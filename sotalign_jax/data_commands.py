@@ -1,0 +1,153 @@
+"""What ``sotalign data list | describe | captions | prompts`` do, and their flags."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from sotalign_jax import protocols
+from sotalign_jax.captions import CAPTIONS, write_captions
+from sotalign_jax.files import replace_text_parts
+from sotalign_jax.recipes import RECIPES, find_recipe
+from sotalign_jax.training.metrics import make_console
+
+__all__ = ["WORDS", "captions", "data", "describe", "list_data", "prompts"]
+
+_ANNOTATIONS = flags.DEFINE_string("annotations", None, "Annotation file of a data set.")
+_JSON = flags.DEFINE_bool("json", False, "Print JSON.")
+_COLUMN = flags.DEFINE_string("column", None, "Of DreamLIP, which of its captions.")
+_URLS = flags.DEFINE_string("urls", None, "Of DreamLIP, the table of CC3M with its links.")
+_CLASSNAMES = flags.DEFINE_string("classnames", None, "Class names, one a line, or a JSON list.")
+
+_USAGE = (
+    "write sotalign data list | describe NAME | captions NAME --annotations=FILE --out=FILE.jsonl "
+    "| prompts NAME --out=FILE.jsonl"
+)
+
+
+def data(words: Sequence[str]) -> None:
+    """The command by its words and flags."""
+    out = flags.FLAGS["out"].value
+    match list(words):
+        case ["list"]:
+            list_data(as_json=_JSON.value)
+        case ["describe", name]:
+            describe(name, as_json=_JSON.value)
+        case ["captions", name]:
+            annotations = _needed("annotations", _ANNOTATIONS.value)
+            captions(name, annotations, _needed("out", out), _COLUMN.value, _URLS.value)
+        case ["prompts", name]:
+            prompts(name, _needed("out", out), _CLASSNAMES.value)
+        case _:
+            raise ValueError(_USAGE)
+
+
+def list_data(*, as_json: bool = False, console: Console | None = None) -> None:
+    """All data sets, the protocols on each, and what captions can be read of."""
+    console = console or make_console()
+    if as_json:
+        _print_json(console, [recipe.to_dict() for recipe in RECIPES.values()])
+        return
+    table = Table(title="sotalign data describe NAME", title_justify="left")
+    for head in ("name", "data", "protocols", "used for"):
+        table.add_column(head, overflow="fold")
+    for recipe in RECIPES.values():
+        named = ", ".join(recipe.protocols)
+        table.add_row(recipe.name, escape(recipe.title), named, escape(recipe.used_for))
+    console.print(table)
+    _say(console, f"captions are read of: {', '.join(CAPTIONS)}")
+
+
+def describe(name: str, *, as_json: bool = False, console: Console | None = None) -> None:
+    """One data set: source, licence, counts, files, traps and commands."""
+    console = console or make_console()
+    recipe = find_recipe(name)
+    if as_json:
+        _print_json(console, recipe.to_dict())
+        return
+    table = Table(title=escape(recipe.title), title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    facts = {
+        "source": recipe.source,
+        "licence": recipe.licence,
+        "used for": recipe.used_for,
+        "tensorflow-datasets": recipe.tfds,
+        "files": "\n".join(recipe.files),
+        "protocols": "\n".join(
+            f"{one}: {protocols.find(one).expected}" for one in recipe.protocols
+        ),
+        "traps": "\n".join(f"- {trap}" for trap in recipe.traps),
+    }
+    for label, text in facts.items():
+        if text:
+            table.add_row(label, escape(text))
+    console.print(table)
+    counts = Table("split", show_edge=False)
+    for head in ("images", "texts"):
+        counts.add_column(head, justify="right")
+    counts.add_column("")
+    for split in recipe.splits:
+        numbers = ["" if n is None else f"{n:,}" for n in (split.images, split.texts)]
+        counts.add_row(split.name, *numbers, escape(split.remark))
+    console.print(counts)
+    for command in recipe.commands:
+        _say(console, command)
+
+
+def captions(
+    name: str,
+    annotations: str,
+    out: str,
+    column: str | None = None,
+    urls: str | None = None,
+    console: Console | None = None,
+) -> None:
+    """Write the table of captions of a data set's annotation file."""
+    records, texts = write_captions(name, annotations, out, column=column, urls=urls)
+    _say(console or make_console(), f"{records:,} records with {texts:,} captions: {out}")
+
+
+def prompts(
+    name: str, out: str, classnames: str | None = None, console: Console | None = None
+) -> None:
+    """Write the prompts of a zero-shot data set, a line each."""
+    if Path(out).exists():
+        raise ValueError(f"out: {out} exists; give another file or remove it")
+    names, source = protocols.class_names(name, classnames)
+    lines = [
+        json.dumps({"id": key, "caption": caption}) + "\n"
+        for key, caption in protocols.prompts(name, names)
+    ]
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    replace_text_parts(out, lines)
+    _say(
+        console or make_console(),
+        f"{len(lines):,} prompts, {len(protocols.templates(name))} of each of {len(names):,} "
+        f"classes (names from {source}): {out}",
+    )
+
+
+def _needed(flag: str, value: str | None) -> str:
+    if value is None:
+        raise ValueError(f"--{flag}: this command needs it")
+    return value
+
+
+def _print_json(console: Console, value: Any) -> None:
+    _say(console, json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+# By the command's name, for `main`.
+WORDS = {"data": data}
