@@ -14,7 +14,7 @@ from sotalign_jax.fitted import FittedAligner
 from sotalign_jax.models import Aligner
 from sotalign_jax.training.evaluate import check_width
 
-__all__ = ["Progress", "Protocol", "Published", "Rows", "check_unique", "listed"]
+__all__ = ["Progress", "Protocol", "Published", "Rows", "listed"]
 
 Progress = Callable[[int], None]
 
@@ -197,16 +197,15 @@ class Protocol(abc.ABC):
             raise ValueError(f"{self.name}: {table.name} has no ids; {side} ids must be {self.ids}")
         return table.ids
 
-
-def check_unique(protocol: Protocol, side: str, table: FeatureTable, ids: np.ndarray) -> None:
-    """Raises the refusal if an id occurs more than once."""
-    unique, counts = np.unique(ids, return_counts=True)
-    if (counts > 1).any():
-        twice = unique[counts > 1]
-        raise protocol.refuse(
-            f"but {listed(twice)} of {side} ids in {table.name} occur more than once",
-            "each must be there once",
-        )
+    def check_unique(self, side: str, table: FeatureTable, ids: np.ndarray) -> None:
+        """Raises the refusal if an id occurs more than once."""
+        unique, counts = np.unique(ids, return_counts=True)
+        if (counts > 1).any():
+            raise self.refuse(
+                f"but {listed(unique[counts > 1])} of {side} ids in {table.name} occur more than "
+                "once",
+                "each must be there once",
+            )
 
 
 def listed(values: np.ndarray) -> str:

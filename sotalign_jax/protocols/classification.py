@@ -21,7 +21,7 @@ import numpy as np
 from sotalign_jax.evaluation import class_embeddings, classification_metrics
 from sotalign_jax.features import FeatureTable
 from sotalign_jax.models import Aligner
-from sotalign_jax.protocols.base import Progress, Protocol, Published, Rows, check_unique, listed
+from sotalign_jax.protocols.base import Progress, Protocol, Published, Rows, listed
 from sotalign_jax.protocols.prompts import CLASSES, TEMPLATES, slug, split_prompt_ids
 from sotalign_jax.training.evaluate import embed_chunks
 
@@ -53,10 +53,12 @@ class ClassificationProtocol(Protocol):
             f"({self.templates} a class)"
         )
 
-    def select(self, image: FeatureTable, text: FeatureTable, **options: Any) -> Rows:
-        """See `Protocol`."""
+    def select(
+        self, image: FeatureTable, text: FeatureTable, labels: Mapping[str, str] | None = None
+    ) -> Rows:
+        """See `Protocol`; ``labels`` are those of images by id, instead of folders."""
         owner, slugs = self._prompts(text)
-        return Rows(image, text, more=(owner, self._labels(image, slugs, options.get("labels"))))
+        return Rows(image, text, more=(owner, self._labels(image, slugs, labels)))
 
     def _score(self, aligner, rows: Rows, progress: Progress | None) -> dict[str, float]:
         owner, labels = rows.more
@@ -76,7 +78,7 @@ class ClassificationProtocol(Protocol):
             owner, numbers, slugs = split_prompt_ids(ids.tolist())
         except ValueError as error:
             raise self.refuse(f"but in {text.name} {error}") from None
-        check_unique(self, "text", text, ids)
+        self.check_unique("text", text, ids)
         if sorted(slugs) != list(range(self.classes)):
             raise self.refuse(
                 f"found prompts of {len(slugs):,} classes, {min(slugs)} to {max(slugs)}, in "
@@ -101,7 +103,7 @@ class ClassificationProtocol(Protocol):
         """The class of each image."""
         ids = self.ids_of("image", image)
         self.check_count("image", image, self.images)
-        check_unique(self, "image", image, ids)
+        self.check_unique("image", image, ids)
         if given is not None:
             unknown = [name for name in ids.tolist() if name not in given]
             if unknown:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 
 from sotalign_jax.evaluation import mmvp_metrics, winoground_metrics
 from sotalign_jax.features import FeatureTable
-from sotalign_jax.protocols.base import Progress, Protocol, Published, Rows, check_unique, listed
+from sotalign_jax.protocols.base import Progress, Protocol, Published, Rows, listed
 from sotalign_jax.training.evaluate import embed_chunks
 
 __all__ = ["COMPOSITIONAL", "MMVP_PATTERNS", "ItemProtocol"]
@@ -45,7 +44,7 @@ class ItemProtocol(Protocol):
         """See `Protocol`."""
         return f"{self.items:,} items of two images and two texts"
 
-    def select(self, image: FeatureTable, text: FeatureTable, **options: Any) -> Rows:
+    def select(self, image: FeatureTable, text: FeatureTable) -> Rows:
         """See `Protocol`; an item's two rows stand beside each other."""
         return Rows(self._ordered("image", image), self._ordered("text", text))
 
@@ -64,6 +63,8 @@ class ItemProtocol(Protocol):
             )
         ]
         scores = np.concatenate(products).reshape(-1, 2, 2)
+        if progress is not None:
+            progress(len(rows.image) + len(rows.text))
         if self.patterns:
             return mmvp_metrics(scores, self.patterns)
         return winoground_metrics(scores)
@@ -72,7 +73,7 @@ class ItemProtocol(Protocol):
         """The rows of a table, item by item."""
         ids = self.ids_of(side, table)
         self.check_count(side, table, 2 * self.items)
-        check_unique(self, side, table, ids)
+        self.check_unique(side, table, ids)
         row_of = {name: row for row, name in enumerate(ids.tolist())}
         wanted = [f"{item}/{part}" for item in range(self.items) for part in (0, 1)]
         absent = [name for name in wanted if name not in row_of]

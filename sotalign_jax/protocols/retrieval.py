@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any
 
 import numpy as np
 
 from sotalign_jax import features
 from sotalign_jax.features import FeatureTable
-from sotalign_jax.protocols.base import Progress, Protocol, Published, Rows, check_unique, listed
+from sotalign_jax.protocols.base import Progress, Protocol, Published, Rows, listed
 from sotalign_jax.training.evaluate import evaluate
 
 __all__ = ["RETRIEVAL", "RetrievalProtocol"]
@@ -27,7 +26,8 @@ class RetrievalProtocol(Protocol):
             without ids are joined by row.
         first_captions: texts beyond so many of an image are left out, those later in the table.
         fewer: whether rows may be missing, because links died; what is left is joined by id.
-        members: numbers that the ids of this split hold, of those that are mixed up with it.
+        members: numbers of images of this split by which it is told from others of its size, where
+            ids end in the twelve digits of COCO's files.
     """
 
     images: int
@@ -46,14 +46,14 @@ class RetrievalProtocol(Protocol):
     def _score(self, aligner, rows: Rows, progress: Progress | None) -> dict[str, float]:
         return evaluate(aligner, features.pair(rows.image, rows.text), progress=progress)
 
-    def select(self, image: FeatureTable, text: FeatureTable, **options: Any) -> Rows:
+    def select(self, image: FeatureTable, text: FeatureTable) -> Rows:
         """See `Protocol`."""
         if self.captions == 1 and image.ids is None and text.ids is None:
             return self._by_row(image, text)
         image_ids, text_ids = self.ids_of("image", image), self.ids_of("text", text)
-        check_unique(self, "image", image, image_ids)
+        self.check_unique("image", image, image_ids)
         if self.captions == 1:
-            check_unique(self, "text", text, text_ids)
+            self.check_unique("text", text, text_ids)
         if self.fewer:
             return self._joined(image, text)
         self.check_count("image", image, self.images)
@@ -146,10 +146,10 @@ class RetrievalProtocol(Protocol):
         """Refuses rows that have the right number and are another split."""
         if not self.members:
             return
-        found = [re.search(r"(\d+)$", name) for name in ids.tolist()]
+        found = [re.search(r"(?<!\d)\d{12}$", name) for name in ids.tolist()]
         if not all(found):
-            return  # ids of the user's own: nothing to tell by
-        numbers = {int(match[1]) for match in found if match}
+            return  # not named after COCO's files: nothing to tell by
+        numbers = {int(match[0]) for match in found if match}
         absent = [number for number in self.members if number not in numbers]
         if absent:
             raise self.refuse(

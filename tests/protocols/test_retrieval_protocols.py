@@ -142,8 +142,9 @@ def test_the_known_splits_are_taken():
     assert len(rows.text) == 25_010
     flickr = [f"{number}" for number in range(1_000)]
     assert len(FLICKR.select(table(flickr, "i"), table(flickr * 5, "t")).text) == 5_000
-    own = [f"row-{index}x" for index in range(5_000)]  # no numbers to tell by
-    assert len(COCO.select(table(own, "i"), table(own * 5, "t")).image) == 5_000
+    for form in ("row-{}x", "{}", "image_{}"):  # of the user's own, with nothing to tell by
+        own = [form.format(index) for index in range(5_000)]
+        assert len(COCO.select(table(own, "i"), table(own * 5, "t")).image) == 5_000
 
 
 # ---- refusals
@@ -157,6 +158,7 @@ def refusal(protocol, image, text):
     return message
 
 
+KARPATHY_IDS = [f"COCO_val2014_{number:012d}" for number in (391895, *range(1, 5_000))]
 NAMES = [f"{number}" for number in range(1, 1_015)]
 EXPECTED = {
     "coco_val2017": "expected 5,000 images and 25,000 texts (COCO val2017, the first five captions "
@@ -180,14 +182,14 @@ EXPECTED = {
          "found 1,000 images in I; Flickr30k's test split has as many"),
         ("coco_val2017", coco_ids(), coco_ids(), "found 5,000 texts in T; one caption an image, or "
          "Flickr30k's test split"),
-        ("coco_val2017", [*coco_ids()[1:], "7"], [*coco_ids()[1:], "7"] * 5,
+        ("coco_val2017", [*coco_ids()[1:], "x000000000007"], [*coco_ids()[1:], "x000000000007"] * 5,
          "but image 139, which belongs to it, is not in I; val2017 and Karpathy's test and "
          "validation splits have 5,000 other images each"),
-        ("coco_karpathy", ["391895", *coco_ids()[1:]],
-         ["391895", *coco_ids()[1:]] * 5, "found 25,000 texts in T; captions were cut to the first "
+        ("coco_karpathy", KARPATHY_IDS,
+         KARPATHY_IDS * 5, "found 25,000 texts in T; captions were cut to the first "
          "five of each image"),
-        ("coco_karpathy", ["391895", *coco_ids()[1:]],
-         [*["391895", *coco_ids()[1:]] * 5, *["391895"] * 14],
+        ("coco_karpathy", KARPATHY_IDS,
+         [*KARPATHY_IDS * 5, *KARPATHY_IDS[:14]],
          "found 25,014 texts in T; all captions of COCO val2017, not cut to five"),
         ("flickr30k", [*NAMES[:999], "1"], NAMES[:1000] * 5,
          "but 1 (first: '1') of image ids in I occur more than once; each must be there once"),
