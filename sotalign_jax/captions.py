@@ -89,7 +89,7 @@ def write_captions(
     annotations: str | os.PathLike,
     out: str | os.PathLike,
     *,
-    column: str | None = None,
+    variant: str | None = None,
     urls: str | None = None,
 ) -> tuple[int, int]:
     """Writes the table of a data set.
@@ -98,7 +98,7 @@ def write_captions(
         name: a key of ``CAPTIONS``.
         annotations: its annotation file.
         out: the table, JSON lines; never written over.
-        column: of DreamLIP, which of its captions (default ``shortSV_captions``).
+        variant: of DreamLIP, which of its captions (default ``shortSV_captions``).
         urls: of DreamLIP, the table of CC3M: captions get the ids that their links have there, and
             are left out where it lacks them. By default ids are numbers of rows.
 
@@ -111,15 +111,15 @@ def write_captions(
     """
     if name not in CAPTIONS:
         raise ValueError(f"captions: no {name!r}; there are {', '.join(CAPTIONS)}")
-    if (column is not None or urls is not None) and not name.startswith("dreamlip"):
-        raise ValueError(f"--column, --urls: are of dreamlip_cc3m, not of {name}")
+    if (variant is not None or urls is not None) and not name.startswith("dreamlip"):
+        raise ValueError(f"--variant, --urls: are of dreamlip_cc3m, not of {name}")
     target = pathlib.Path(out)
     if target.exists():
         raise ValueError(f"out: {target} exists; give another file or remove it")
     counts = [0, 0]
 
     def lines() -> Iterator[str]:
-        for record in read_captions_of(CAPTIONS[name], annotations, column=column, urls=urls):
+        for record in read_captions_of(CAPTIONS[name], annotations, variant=variant, urls=urls):
             counts[0] += 1
             counts[1] += len(record["caption"]) if isinstance(record["caption"], list) else 1
             yield json.dumps(record) + "\n"
@@ -200,7 +200,7 @@ _DREAMLIP = tuple(
 
 def _dreamlip(path: pathlib.Path, options: Mapping[str, str | None]) -> Iterator[Record]:
     """DreamLIP's synthetic captions beside their links."""
-    column = options.get("column") or "shortSV_captions"
+    column = options.get("variant") or "shortSV_captions"
     known = _ids_of_links(options["urls"]) if options.get("urls") else None
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with open(path, encoding="utf-8-sig", newline="") as file:
@@ -212,7 +212,7 @@ def _dreamlip(path: pathlib.Path, options: Mapping[str, str | None]) -> Iterator
             )
         if column not in (rows.fieldnames or ()):
             raise ValueError(
-                f"column: {path} has no {column!r}; DreamLIP has raw_caption, "
+                f"variant: {path} has no {column!r}; DreamLIP has raw_caption, "
                 f"{', '.join(_DREAMLIP)}"
             )
         for number, row in enumerate(rows):

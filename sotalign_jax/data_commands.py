@@ -22,7 +22,7 @@ __all__ = ["WORDS", "captions", "data", "describe", "list_data", "prompts"]
 
 _ANNOTATIONS = flags.DEFINE_string("annotations", None, "Annotation file of a data set.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON.")
-_COLUMN = flags.DEFINE_string("column", None, "Of DreamLIP, which of its captions.")
+_VARIANT = flags.DEFINE_string("variant", None, "Of DreamLIP, which of its captions.")
 _URLS = flags.DEFINE_string("urls", None, "Of DreamLIP, the table of CC3M with its links.")
 _CLASSNAMES = flags.DEFINE_string("classnames", None, "Class names, one a line, or a JSON list.")
 
@@ -42,7 +42,7 @@ def data(words: Sequence[str]) -> None:
             describe(name, as_json=_JSON.value)
         case ["captions", name]:
             annotations = _needed("annotations", _ANNOTATIONS.value)
-            captions(name, annotations, _needed("out", out), _COLUMN.value, _URLS.value)
+            captions(name, annotations, _needed("out", out), _VARIANT.value, _URLS.value)
         case ["prompts", name]:
             prompts(name, _needed("out", out), _CLASSNAMES.value)
         case _:
@@ -106,12 +106,12 @@ def captions(
     name: str,
     annotations: str,
     out: str,
-    column: str | None = None,
+    variant: str | None = None,
     urls: str | None = None,
     console: Console | None = None,
 ) -> None:
     """Write the table of captions of a data set's annotation file."""
-    records, texts = write_captions(name, annotations, out, column=column, urls=urls)
+    records, texts = write_captions(name, annotations, out, variant=variant, urls=urls)
     _say(console or make_console(), f"{records:,} records with {texts:,} captions: {out}")
 
 

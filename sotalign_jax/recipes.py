@@ -142,7 +142,7 @@ _RECIPES = (
                 "dreamlip_cc3m",
                 "cc3m_3long_3short_1raw_captions_url.csv",
                 "cc3m_synthetic.jsonl",
-                " --urls=cc3m.jsonl --column=shortSV_captions",
+                " --urls=cc3m.jsonl --variant=shortSV_captions",
             ),
             *_encode("cc3m_synthetic", None, "cc3m_synthetic.jsonl"),
         ),

@@ -130,7 +130,7 @@ def test_dreamlip_by_rows_and_by_links(tiny, tmp_path):
     links.write_text('{"id": "000000007", "url": "http://a", "caption": ""}\n'
                      '{"id": "000000004", "url": "http://b", "caption": ""}\n')  # fmt: skip
     (tmp_path / "new" / "out.jsonl").unlink()
-    found = tiny("dreamlip_cc3m", text, 2, 2, urls=str(links), column="longSV_captions")
+    found = tiny("dreamlip_cc3m", text, 2, 2, urls=str(links), variant="longSV_captions")
     assert [(row["id"], len(row["caption"])) for row in found] == [
         ("000000004", 17), ("000000007", 200_000),
     ]  # fmt: skip
@@ -234,8 +234,8 @@ def test_arguments_are_checked_before_anything_is_read(tmp_path):
         write_captions("coco", tmp_path / "none", out)
     with pytest.raises(ValueError, match=r"none: no such file; cc12m is read from cc12m\.tsv"):
         write_captions("cc12m", tmp_path / "none", out)
-    with pytest.raises(ValueError, match="--column, --urls: are of dreamlip_cc3m, not of cc12m"):
-        write_captions("cc12m", tmp_path / "none", out, column="caption")
+    with pytest.raises(ValueError, match="--variant, --urls: are of dreamlip_cc3m, not of cc12m"):
+        write_captions("cc12m", tmp_path / "none", out, variant="caption")
     file = tmp_path / "a"
     file.write_text("url,shortSV_captions\nu,c\n")
     with pytest.raises(ValueError, match=r"urls: .*none: not a table of captions with links"):

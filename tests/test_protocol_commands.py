@@ -16,7 +16,7 @@ from sotalign_jax.protocols import PROTOCOLS, prompts
 from sotalign_jax.recipes import RECIPES
 
 FLAGS = ("config", "workdir", "image", "text", "out", "verbosity", "protocol", "labels",
-         "annotations", "json", "column", "urls", "classnames")  # fmt: skip
+         "annotations", "json", "variant", "urls", "classnames")  # fmt: skip
 
 
 @pytest.fixture
