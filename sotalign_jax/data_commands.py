@@ -1,4 +1,5 @@
-"""What ``sotalign data list | describe | captions | prompts`` do, and their flags."""
+"""What ``sotalign data list | describe | captions | prompts`` do, and their flags; and those by
+which ``sotalign evaluate`` is by a protocol."""
 
 from __future__ import annotations
 
@@ -12,24 +13,39 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sotalign_jax import protocols
+from sotalign_jax import commands, protocols
 from sotalign_jax.captions import CAPTIONS, write_captions
 from sotalign_jax.files import replace_text_parts
+from sotalign_jax.protocol_commands import run_protocol
 from sotalign_jax.recipes import RECIPES, find_recipe
 from sotalign_jax.training.metrics import make_console
 
-__all__ = ["WORDS", "captions", "data", "describe", "list_data", "prompts"]
+__all__ = ["WORDS", "captions", "data", "describe", "evaluate", "list_data", "prompts"]
 
 _ANNOTATIONS = flags.DEFINE_string("annotations", None, "Annotation file of a data set.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON.")
 _VARIANT = flags.DEFINE_string("variant", None, "Of DreamLIP, which of its captions.")
 _URLS = flags.DEFINE_string("urls", None, "Of DreamLIP, the table of CC3M with its links.")
 _CLASSNAMES = flags.DEFINE_string("classnames", None, "Class names, one a line, or a JSON list.")
+_PROTOCOL = flags.DEFINE_string(
+    "protocol", None, "Evaluate by this protocol; see docs/protocols.md."
+)
+_LABELS = flags.DEFINE_string("labels", None, "Labels of images: CSV or JSON lines, id and label.")
 
 _USAGE = (
     "write sotalign data list | describe NAME | captions NAME --annotations=FILE --out=FILE.jsonl "
     "| prompts NAME --out=FILE.jsonl"
 )
+
+
+def evaluate(workdir: str) -> dict[str, Any]:
+    """By the flags: `commands.evaluate`, or with ``--protocol`` `run_protocol`."""
+    image, text, out = (flags.FLAGS[name].value for name in ("image", "text", "out"))
+    if _PROTOCOL.value is not None:
+        return run_protocol(workdir, _PROTOCOL.value, image, text, out, _LABELS.value)
+    if _LABELS.value is not None:
+        raise ValueError("--labels: needs --protocol, one of zero-shot classification")
+    return commands.evaluate(workdir, image, text, out)
 
 
 def data(words: Sequence[str]) -> None:

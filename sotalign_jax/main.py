@@ -5,13 +5,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sotalign_jax import (
-    commands,
-    data_commands,
-    interop_commands,
-    protocol_commands,
-    sweep_commands,
-)
+from sotalign_jax import commands, data_commands, interop_commands, sweep_commands
 from sotalign_jax.config import explain
 from sotalign_jax.training.distributed import Preempted, left_to_first, quick_end
 
@@ -24,20 +18,13 @@ _OUT = flags.DEFINE_string("out", None, "Where to write.")
 COMMANDS = {
     "train": lambda: commands.train(_needed(_CONFIG), _needed(_WORKDIR)),
     "compare": lambda: commands.compare(_needed(_CONFIG), _needed(_WORKDIR)),
-    "evaluate": lambda: protocol_commands.evaluate(_needed(_WORKDIR)),
+    "evaluate": lambda: data_commands.evaluate(_needed(_WORKDIR)),
     "embed": lambda: commands.embed(_needed(_WORKDIR), _IMAGE.value, _TEXT.value, _OUT.value),
     "diagnose": lambda: commands.diagnose(_needed(_CONFIG), _OUT.value),
     "fit-teacher": lambda: commands.fit_teacher(_needed(_CONFIG), _needed(_OUT)),
 }
-WORDS = (
-    data_commands.WORDS
-    | interop_commands.WORDS
-    | sweep_commands.WORDS
-    | {
-        "inspect": commands.inspect,
-        "report": lambda words: commands.report(words, _OUT.value),
-    }
-)
+WORDS = {"inspect": commands.inspect, "report": lambda words: commands.report(words, _OUT.value)}
+WORDS |= data_commands.WORDS | interop_commands.WORDS | sweep_commands.WORDS
 
 
 def _needed(flag):

@@ -1,11 +1,10 @@
-"""What ``sotalign evaluate --protocol`` does, and its flags."""
+"""What ``sotalign evaluate --protocol`` does."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from absl import flags
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -15,25 +14,10 @@ from sotalign_jax.protocols import Protocol
 from sotalign_jax.training.metrics import make_console
 from sotalign_jax.training.workdir import write_json
 
-__all__ = ["evaluate", "run_protocol"]
-
-_PROTOCOL = flags.DEFINE_string(
-    "protocol", None, "Evaluate by this protocol; see docs/protocols.md."
-)
-_LABELS = flags.DEFINE_string("labels", None, "Labels of images: CSV or JSON lines, id and label.")
+__all__ = ["run_protocol"]
 
 # More metrics than that stand below one another.
 _COLUMNS = 7
-
-
-def evaluate(workdir: str) -> dict[str, Any]:
-    """By the flags: `commands.evaluate`, or with ``--protocol`` `run_protocol`."""
-    image, text, out = (flags.FLAGS[name].value for name in ("image", "text", "out"))
-    if _PROTOCOL.value is not None:
-        return run_protocol(workdir, _PROTOCOL.value, image, text, out, _LABELS.value)
-    if _LABELS.value is not None:
-        raise ValueError("--labels: needs --protocol, one of zero-shot classification")
-    return commands.evaluate(workdir, image, text, out)
 
 
 def run_protocol(

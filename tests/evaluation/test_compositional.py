@@ -28,23 +28,26 @@ def test_scores_of_one_item_each():
     }
 
 
-@pytest.mark.parametrize("place", [(0, 0), (1, 1)])
-def test_a_tie_is_wrong(place):
-    """Own scores must be strictly above both others."""
-    scores = np.array([[0.5, 0.2], [0.3, 0.5]])
+@pytest.mark.parametrize(
+    ("own", "rival", "metric"),
+    [
+        ((0, 0), (0, 1), "text_score"),
+        ((1, 1), (1, 0), "text_score"),
+        ((0, 0), (1, 0), "image_score"),
+        ((1, 1), (0, 1), "image_score"),
+    ],
+)
+def test_a_tie_is_wrong(own, rival, metric):
+    """Each of the four comparisons is strict."""
+    scores = np.array([[0.5, 0.1], [0.2, 0.5]])
     assert winoground_metrics(scores[None])["group_score"] == 1
     tied = scores.copy()
-    tied[place] = 0.2  # as image 0 with caption 1
-    got = winoground_metrics(tied[None])
-    first = place == (0, 0)
-    assert got["text_score"] == 0 if first else got["image_score"] == 0
-    assert winoground_metrics(np.full((1, 2, 2), 0.5)) == {
-        "text_score": 0.0,
-        "image_score": 0.0,
-        "group_score": 0.0,
-        "n_items": 1.0,
-    }
-    assert mmvp_metrics(np.full((1, 2, 2), 0.5), ["a"])["accuracy"] == 0
+    tied[own] = scores[rival]
+    assert winoground_metrics(tied[None])[metric] == 0
+    if metric == "image_score":
+        assert mmvp_metrics(tied[None], ["a"])["accuracy"] == 0
+    tied[own] += 1e-9
+    assert winoground_metrics(tied[None])[metric] == 1
 
 
 def test_chance_is_what_random_scores_give():
