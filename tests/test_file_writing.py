@@ -12,7 +12,7 @@ from flax import nnx
 
 from sotalign_jax import features, files
 from sotalign_jax.benchmarks import klot
-from sotalign_jax.files import flush_files, replace_text
+from sotalign_jax.files import flush_files, replace_text, replace_text_parts
 from sotalign_jax.models import Aligner, LayerConfig
 from sotalign_jax.training import metrics, workdir
 
@@ -38,6 +38,24 @@ def test_what_stood_there_survives_a_failure(tmp_path, monkeypatch, broken):
         replace_text(path, "new")
     assert path.read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_what_stood_there_survives_parts_that_cannot_be_made(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("old")
+
+    def parts(last):
+        yield "one\n"
+        if last is None:
+            raise ValueError("row 2")
+        yield last
+
+    with pytest.raises(ValueError, match="row 2"):
+        replace_text_parts(path, parts(None))
+    assert path.read_text() == "old"
+    replace_text_parts(path, parts("two\n"))
+    assert path.read_text() == "one\ntwo\n"
+    assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 def test_what_stood_there_survives_a_kill_in_the_middle(tmp_path):

@@ -66,7 +66,8 @@ def test_first_captions_by_hand():
         "1 texts beyond the first 2 of an image are left out, of 1 images"
     )
     assert json.loads(json.dumps(result)) == result
-    assert result["protocol"] == "coco_val2017" and result["published"][-1]["label"] == "SOTAlign"
+    assert result["protocol"] == "coco_val2017"
+    assert "SOTAlign" in [row["label"] for row in result["published"]]
 
 
 def test_all_captions_count_without_a_cut():
