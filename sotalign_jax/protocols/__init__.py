@@ -1,6 +1,6 @@
 """Evaluation protocols by name, each with the counts that it is known by."""
 
-from sotalign_jax.protocols.base import Protocol, Published
+from sotalign_jax.protocols.base import Protocol
 from sotalign_jax.protocols.classification import (
     CLASSIFICATION,
     ClassificationProtocol,
@@ -8,6 +8,7 @@ from sotalign_jax.protocols.classification import (
 )
 from sotalign_jax.protocols.compositional import COMPOSITIONAL, ItemProtocol
 from sotalign_jax.protocols.prompts import class_names, prompts, templates
+from sotalign_jax.protocols.published import Published
 from sotalign_jax.protocols.retrieval import RETRIEVAL, RetrievalProtocol
 
 __all__ = [

@@ -12,9 +12,10 @@ import numpy as np
 from sotalign_jax.features import FeatureTable, check_finite
 from sotalign_jax.fitted import FittedAligner
 from sotalign_jax.models import Aligner
+from sotalign_jax.protocols.published import Published
 from sotalign_jax.training.evaluate import check_width
 
-__all__ = ["Progress", "Protocol", "Published", "Rows", "listed"]
+__all__ = ["Progress", "Protocol", "Rows", "listed"]
 
 Progress = Callable[[int], None]
 
@@ -54,21 +55,6 @@ KNOWN_TEXTS = {
     5_000: "one caption an image, or Flickr30k's test split",
     1_000: "one caption an image",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Published:
-    """A row of somebody's table.
-
-    Attributes:
-        label: the method, and what sets it apart.
-        percent: metric -> its value in percent.
-        source: where it stands.
-    """
-
-    label: str
-    percent: Mapping[str, float]
-    source: str
 
 
 class Rows(NamedTuple):

@@ -21,8 +21,9 @@ import numpy as np
 from sotalign_jax.evaluation import class_embeddings, classification_metrics
 from sotalign_jax.features import FeatureTable
 from sotalign_jax.models import Aligner
-from sotalign_jax.protocols.base import Progress, Protocol, Published, Rows, listed
+from sotalign_jax.protocols.base import Progress, Protocol, Rows, listed
 from sotalign_jax.protocols.prompts import CLASSES, TEMPLATES, slug, split_prompt_ids
+from sotalign_jax.protocols.published import BENCHMARK, SAIL
 from sotalign_jax.training.evaluate import embed_chunks
 
 __all__ = ["CLASSIFICATION", "ClassificationProtocol", "read_labels"]
@@ -204,32 +205,11 @@ def _json_line(line: str, where: str) -> Any:
         raise ValueError(f"labels: {where}: not JSON ({error})") from None
 
 
-_METHODS = (
-    "SAIL, 1M pairs",
-    "SAIL, 10k pairs",
-    "STRUCTURE, 10k pairs",
-    "SAIL, semi-supervised",
-    "STRUCTURE, semi-supervised",
-    "NNCLR",
-    "S-CLIP",
-    "SOTAlign",
-)
-_PAPER = "SOTAlign, arXiv 2602.23353: DINOv3 ViT-L + NV-Embed-v2, CC3M"
-
-
-def _published(*values: float) -> tuple[Published, ...]:
-    return tuple(
-        Published(method, {"top@1": value}, _PAPER)
-        for method, value in zip(_METHODS, values, strict=True)
-    )
-
-
 def _protocol(
     name: str,
     title: str,
     split: str,
     images: int,
-    published: tuple[Published, ...],
     remark: str = "",
 ) -> ClassificationProtocol:
     return ClassificationProtocol(
@@ -241,7 +221,7 @@ def _protocol(
         ids="CLASS/NAME of images (or any, with a file of labels), INDEX-NAME/TEMPLATE of prompts",
         source="CLIP's templates, Radford et al. 2021",
         shown={"top@1": "top-1", "top@5": "top-5", "mean_per_class_recall": "mean per class"},
-        published=published,
+        published=BENCHMARK[name] + SAIL.get(name, ()),
         remark=remark,
         images=images,
         classes=CLASSES[name],
@@ -250,44 +230,15 @@ def _protocol(
 
 
 CLASSIFICATION = (
-    _protocol(
-        "imagenet",
-        "ImageNet-1k",
-        "validation split of ILSVRC 2012",
-        50_000,
-        (
-            *_published(56.4, 35.6, 38.2, 35.6, 36.8, 37.4, 36.4, 46.1),
-            Published("SAIL, DINOv2-L + NV-Embed-v2, 23M pairs", {"top@1": 73.4}, "SAIL's paper"),
-            Published("SAIL, DINOv2-L + GTE-en-large, 23M pairs", {"top@1": 65.4}, "SAIL's paper"),
-        ),
-    ),
-    _protocol(
-        "food101",
-        "Food-101",
-        "test split",
-        25_250,
-        _published(63.9, 36.4, 38.5, 36.5, 37.6, 37.9, 35.3, 50.0),
-    ),
-    _protocol(
-        "cifar10",
-        "CIFAR-10",
-        "test split",
-        10_000,
-        _published(97.8, 96.2, 96.7, 96.2, 96.5, 96.5, 95.9, 97.5),
-    ),
-    _protocol(
-        "cifar100",
-        "CIFAR-100",
-        "test split, the 100 fine labels",
-        10_000,
-        _published(82.3, 71.2, 72.2, 71.3, 70.8, 73.0, 69.3, 78.3),
-    ),
+    _protocol("imagenet", "ImageNet-1k", "validation split of ILSVRC 2012", 50_000),
+    _protocol("food101", "Food-101", "test split", 25_250),
+    _protocol("cifar10", "CIFAR-10", "test split", 10_000),
+    _protocol("cifar100", "CIFAR-100", "test split, the 100 fine labels", 10_000),
     _protocol(
         "aircraft",
         "FGVC-Aircraft",
         "test split, the 100 variants",
         3_333,
-        _published(9.7, 3.9, 5.4, 3.8, 4.9, 3.8, 4.4, 5.0),
         "its validation split has 3,333 images too; others report the mean per class",
     ),
     _protocol(
@@ -295,15 +246,7 @@ CLASSIFICATION = (
         "DTD",
         "test split of partition 1",
         1_880,
-        _published(53.5, 36.8, 39.5, 35.9, 38.7, 38.8, 37.6, 42.4),
         "its training and validation splits have 1,880 images too",
     ),
-    _protocol(
-        "flowers102",
-        "Flowers-102",
-        "test split",
-        6_149,
-        _published(47.2, 24.1, 23.6, 21.1, 23.2, 24.6, 22.5, 30.1),
-        "others report the mean per class",
-    ),
+    _protocol("flowers102", "Flowers-102", "test split", 6_149, "others report the mean per class"),
 )

@@ -8,7 +8,8 @@ import numpy as np
 
 from sotalign_jax.evaluation import mmvp_metrics, winoground_metrics
 from sotalign_jax.features import FeatureTable
-from sotalign_jax.protocols.base import Progress, Protocol, Published, Rows, listed
+from sotalign_jax.protocols.base import Progress, Protocol, Rows, listed
+from sotalign_jax.protocols.published import SAIL, published_rows
 from sotalign_jax.training.evaluate import embed_chunks
 
 __all__ = ["COMPOSITIONAL", "MMVP_PATTERNS", "ItemProtocol"]
@@ -85,10 +86,7 @@ class ItemProtocol(Protocol):
         return table.select(np.array([row_of[name] for name in wanted]))
 
 
-def _winoground(label: str, text: float, image: float, group: float, source: str) -> Published:
-    values = {"text_score": text, "image_score": image, "group_score": group}
-    return Published(label, values, source)
-
+_SCORES = ("text_score", "image_score", "group_score")
 
 COMPOSITIONAL = (
     ItemProtocol(
@@ -100,13 +98,8 @@ COMPOSITIONAL = (
         source="Thrush et al., CVPR 2022; examples.jsonl",
         shown={"text_score": "text", "image_score": "image", "group_score": "group"},
         published=(
-            _winoground("chance", 25.0, 25.0, 16.67, "Thrush et al., CVPR 2022"),
-            _winoground(
-                "SAIL, DINOv2-L + NV-Embed-v2, 23M pairs", 40.25, 18.75, 15.0, "SAIL's paper"
-            ),
-            _winoground(
-                "SAIL, DINOv2-L + GTE-en-large, 23M pairs", 34.0, 13.25, 8.75, "SAIL's paper"
-            ),
+            *published_rows("chance: 25.0 25.0 16.67", _SCORES, "Thrush et al., CVPR 2022"),
+            *SAIL["winoground"],
         ),
         items=400,
     ),
@@ -121,13 +114,8 @@ COMPOSITIONAL = (
         source="Tong et al., CVPR 2024; Questions.csv, captions after 'a photo of '",
         shown={"accuracy": "mean"} | {f"pattern/{name}": name for name in MMVP_PATTERNS},
         published=(
-            Published("chance", {"accuracy": 25.0}, "two captions with two choices each"),
-            Published(
-                "SAIL, DINOv2-L + NV-Embed-v2, 23M pairs", {"accuracy": 28.9}, "SAIL's paper"
-            ),
-            Published(
-                "SAIL, DINOv2-L + GTE-en-large, 23M pairs", {"accuracy": 22.2}, "SAIL's paper"
-            ),
+            *published_rows("chance: 25.0", ["accuracy"], "two captions with two choices each"),
+            *SAIL["mmvp"],
         ),
         remark="patterns are named by the order of the pairs, as in the published script",
         items=135,

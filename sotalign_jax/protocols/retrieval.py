@@ -9,7 +9,8 @@ import numpy as np
 
 from sotalign_jax import features
 from sotalign_jax.features import FeatureTable
-from sotalign_jax.protocols.base import Progress, Protocol, Published, Rows, listed
+from sotalign_jax.protocols.base import Progress, Protocol, Rows, listed
+from sotalign_jax.protocols.published import BENCHMARK, SAIL, published_rows
 from sotalign_jax.training.evaluate import evaluate
 
 __all__ = ["RETRIEVAL", "RetrievalProtocol"]
@@ -171,37 +172,9 @@ _COLUMNS = {
 _RULE = (
     "recall@k: each text finds its image; each image finds any of its texts; all rows are gallery"
 )
-_PAPER = "SOTAlign, arXiv 2602.23353, tables 4, 5, 9, 10: DINOv3 ViT-L + NV-Embed-v2, CC3M"
-_SAIL = "SAIL, table of its paper: 23M pairs"
 _FILE_NAMES = "those of the image files, without suffix; texts repeat their image's id"
 
-
-def _rows(table: str, names: tuple[str, ...], source: str) -> tuple[Published, ...]:
-    """Lines ``label: numbers`` as published rows."""
-    rows = []
-    for line in table.strip().splitlines():
-        label, numbers = line.strip().split(": ")
-        values = map(float, numbers.split())
-        rows.append(Published(label, dict(zip(names, values, strict=True)), source))
-    return tuple(rows)
-
-
-_FOUR = (f"{_T2I}1", f"{_T2I}5", f"{_I2T}1", f"{_I2T}5")
-_COCO = _rows(
-    """
-    SAIL, 1M pairs: 35.5 61.0 45.5 72.0
-    SAIL, 10k pairs: 21.0 44.3 27.4 51.7
-    STRUCTURE, 10k pairs: 21.0 43.7 28.7 52.7
-    SAIL, semi-supervised: 20.7 43.6 26.5 51.7
-    STRUCTURE, semi-supervised: 20.9 43.5 28.0 52.2
-    NNCLR: 21.3 44.4 27.9 52.2
-    S-CLIP: 20.4 42.6 27.8 50.5
-    SOTAlign: 26.5 49.8 34.1 59.4
-    """,
-    _FOUR,
-    _PAPER,
-)
-_TEACHERS = _rows(
+_TEACHERS = published_rows(
     """
     teacher alone, Procrustes: 21.1
     teacher alone, CCA: 21.5
@@ -211,38 +184,7 @@ _TEACHERS = _rows(
     ("mean_recall@1",),
     "SOTAlign, arXiv 2602.23353, table 1: DINOv3 ViT-L + NV-Embed-v2, CC3M",
 )
-_FLICKR = _rows(
-    """
-    SAIL, 1M pairs: 63.1 87.2 75.0 94.4
-    SAIL, 10k pairs: 45.7 75.1 54.1 81.2
-    STRUCTURE, 10k pairs: 46.8 74.9 54.0 82.9
-    SAIL, semi-supervised: 44.9 74.2 53.1 82.1
-    STRUCTURE, semi-supervised: 45.7 74.9 56.0 83.3
-    NNCLR: 46.6 75.3 53.0 82.1
-    S-CLIP: 44.5 74.4 52.6 82.3
-    SOTAlign: 51.7 79.2 60.8 85.7
-    """,
-    _FOUR,
-    _PAPER,
-)
-_ONE = (f"{_T2I}1", f"{_I2T}1")
-_SAIL_COCO = _rows(
-    """
-    SAIL, DINOv2-L + NV-Embed-v2: 48.6 62.4
-    SAIL, DINOv2-L + GTE-en-large: 42.7 54.1
-    """,
-    _ONE,
-    _SAIL,
-)
-_SAIL_FLICKR = _rows(
-    """
-    SAIL, DINOv2-L + NV-Embed-v2: 75.7 87.6
-    SAIL, DINOv2-L + GTE-en-large: 68.9 80.8
-    """,
-    _ONE,
-    _SAIL,
-)
-_SUE = _rows(
+_SUE = published_rows(
     """
     COCO, 100 pairs, CSA: 1.0 1.3
     COCO, 100 pairs, contrastive: 5.8 8.5
@@ -273,7 +215,7 @@ RETRIEVAL = (
         ids=_FILE_NAMES,
         source="captions_val2017.json; the protocol of the SOTAlign paper",
         shown=_COLUMNS,
-        published=_COCO + _TEACHERS,
+        published=BENCHMARK["coco_val2017"] + _TEACHERS,
         remark="not comparable with Karpathy's test split, which has other images",
         images=5_000,
         texts=25_000,
@@ -289,7 +231,7 @@ RETRIEVAL = (
         ids=_FILE_NAMES,
         source="dataset_coco.json, Karpathy and Fei-Fei, CVPR 2015",
         shown=_COLUMNS,
-        published=_SAIL_COCO,
+        published=SAIL["coco_karpathy"],
         remark="not comparable with COCO val2017, which has other images; SOTAlign reports that",
         images=5_000,
         texts=25_010,
@@ -303,7 +245,7 @@ RETRIEVAL = (
         ids=_FILE_NAMES,
         source="dataset_flickr30k.json, Karpathy and Fei-Fei, CVPR 2015",
         shown=_COLUMNS,
-        published=_FLICKR + _SAIL_FLICKR,
+        published=BENCHMARK["flickr30k"] + SAIL["flickr30k"],
         images=1_000,
         texts=5_000,
         captions=5,
