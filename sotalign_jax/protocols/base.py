@@ -170,11 +170,16 @@ class Protocol(abc.ABC):
         tail = f"; {cause}" if cause else ""
         return ValueError(f"{self.name}: expected {self.expected} ({self.split}), {found}{tail}")
 
-    def check_count(self, side: str, table: FeatureTable, expected: int) -> None:
-        """Raises the refusal unless a table has as many rows as expected."""
+    def check_count(
+        self, side: str, table: FeatureTable, expected: int, otherwise: str = ""
+    ) -> None:
+        """Raises the refusal unless a table has as many rows as expected.
+
+        ``otherwise`` is what to say of a number that is not known from elsewhere.
+        """
         if len(table) == expected:
             return
-        known = (KNOWN_IMAGES if side == "image" else KNOWN_TEXTS).get(len(table), "")
+        known = (KNOWN_IMAGES if side == "image" else KNOWN_TEXTS).get(len(table), otherwise)
         raise self.refuse(f"found {len(table):,} {side}s in {table.name}", known)
 
     def ids_of(self, side: str, table: FeatureTable) -> np.ndarray:
@@ -196,4 +201,4 @@ class Protocol(abc.ABC):
 
 def listed(values: np.ndarray) -> str:
     """How many, and the first: ``"3 (first: 'a')"``."""
-    return f"{len(values):,} (first: {str(values[0])!r})"
+    return f"{len(values):,} (first: {str(values[0])!r})" if len(values) else "none"

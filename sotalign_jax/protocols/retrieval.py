@@ -78,13 +78,11 @@ class RetrievalProtocol(Protocol):
                 f"but {listed(without)} of image ids in {image.name} have no text in {text.name}",
                 "each image needs a caption",
             )
-        self.check_count("text", text, self.texts)
-        if self.captions and (counts != self.captions).any():
-            wrong = np.sort(image_ids)[counts != self.captions]
-            raise self.refuse(
-                f"but {listed(wrong)} of image ids do not have {self.captions} texts each in "
-                f"{text.name}"
-            )
+        wrong = np.sort(image_ids)[counts != self.captions] if self.captions else image_ids[:0]
+        uneven = f"{listed(wrong)} of image ids do not have {self.captions} texts each"
+        self.check_count("text", text, self.texts, uneven if len(wrong) else "")
+        if len(wrong):
+            raise self.refuse(f"but {uneven} in {text.name}")
         return Rows(image, text, tuple(notes))
 
     def _by_row(self, image: FeatureTable, text: FeatureTable) -> Rows:
