@@ -107,7 +107,7 @@ def test_one_to_one_tables_without_ids_are_joined_by_row():
     assert fewer["notes"][0] == "4 of 5 pairs (80.0 %): the rest is missing"
 
 
-@pytest.mark.parametrize("kind", ["csa", "asif"])
+@pytest.mark.parametrize("kind", ["csa", pytest.param("asif", marks=pytest.mark.slow)])
 def test_any_aligner_is_scored_by_its_own_similarity(kind):
     rng = np.random.default_rng(3)
     world = rng.normal(size=(60, 4))
