@@ -24,7 +24,7 @@ COMMANDS = {
     "fit-teacher": lambda: commands.fit_teacher(_needed(_CONFIG), _needed(_OUT)),
 }
 WORDS = (
-    {"inspect": commands.inspect, "report": lambda words: commands.report(words, _OUT.value)}
+    {"inspect": commands.inspect, "report": lambda words: commands.report(words, _OUT.value) and 0}
     | encode_commands.WORDS
     | interop_commands.WORDS
     | sweep_commands.WORDS
@@ -41,8 +41,7 @@ def _main(argv: list[str]) -> int:
     name, *paths = argv[1:]
     try:
         if name in WORDS:
-            status = WORDS[name](paths)
-            return status if isinstance(status, int) else 0
+            return WORDS[name](paths) or 0
         if paths:
             raise ValueError(f"{paths[0]}: unexpected; flags are written --name=value")
         if name not in ("train", "compare") and (other := left_to_first()):
