@@ -1,0 +1,305 @@
+"""Encoders out of models of transformers and sentence-transformers."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sotalign_jax.encoders.extras import need
+from sotalign_jax.encoders.families import Family, check_pooling, family_of, layout_of
+from sotalign_jax.encoders.networks import RowNetwork, fix_positions, keep_layers, named
+from sotalign_jax.encoders.pooling import MODEL_POOLING, check_layout
+from sotalign_jax.encoders.preprocess import ImagePreprocessor, TextPreprocessor, resized
+from sotalign_jax.encoders.presets import Preset, similar_presets
+from sotalign_jax.encoders.sentence import read_sentence_facts
+from sotalign_jax.encoders.towers import Loaded, buckets
+
+__all__ = ["load_transformers"]
+
+# Texts of models that take more are cut here, unless max_length says otherwise.
+LONGEST = 1024
+# Loaded by this package: the code that comes with these is of transformers 4.
+NATIVE = ("llama_bidirec", "nvembed")
+
+
+def load_transformers(
+    name: str,
+    modality: str,
+    *,
+    preset: Preset | None,
+    pooling: str | None,
+    layer: int | None,
+    final_norm: bool | None,
+    normalize: bool | None,
+    prompt: str | None,
+    max_length: int | None,
+    image_size: int | None,
+    dtype: str,
+    revision: str | None,
+    trust_remote_code: bool,
+) -> Loaded:
+    """Loads one tower, its weights on the CPU; arguments are those of `load_encoder`."""
+    transformers = need("transformers", extra="encoders", why=f"name: {name}")
+    if modality == "image":
+        need("PIL", extra="encoders", why=f"name: {name}")
+    source = preset.model if preset else name
+    hub = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with _reading(name, source, modality, trust_remote_code):
+        known, _ = transformers.PreTrainedConfig.get_config_dict(source, revision=revision)
+    model_type = str(known.get("model_type") or "")
+    if preset and model_type != preset.family:
+        raise ValueError(
+            f"name: the preset {name!r} is of a {preset.family}, but {source} is a {model_type}"
+        )
+    family = family_of(model_type, modality)
+    facts = None
+    if modality == "text" and preset is None:
+        facts = _sentence_facts(transformers, source, revision, pooling)
+    if pooling is None and (preset or facts):
+        pooling = preset.pooling if preset else facts.pooling if facts else None
+    pooling = check_pooling(pooling, modality, family, name)
+    if layer is not None and pooling == MODEL_POOLING:
+        raise ValueError(
+            "layer: the model's own row is of its last layer; give a pooling of tokens"
+        )
+    if normalize is None:
+        normalize = preset.normalize if preset else bool(facts and facts.normalize)
+
+    with _reading(name, source, modality, trust_remote_code):
+        model, missing = _load_model(transformers, source, model_type, family, pooling, dtype, hub)
+    if missing:
+        raise ValueError(
+            f"{'pooling' if 'pool' in missing[0] else 'name'}: {source} has no weights for "
+            f"{missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else "")
+        )
+    config = model.config
+    layout = layout_of(family, config) if modality == "image" else None
+    if modality == "image" and pooling != MODEL_POOLING:
+        if layout is None:
+            raise ValueError(
+                f"pooling: where the tokens of a {model_type!r} stand is not known here; give "
+                f"{MODEL_POOLING!r}"
+            )
+        check_layout(pooling, layout)
+    block, before, norm = None, False, None
+    if layer is not None:
+        count = int(getattr(config, "num_hidden_layers", 0) or 0)
+        if final_norm:
+            norm = named(model, family.norm) if family and family.norm else None
+            if norm is None:
+                raise ValueError(f"final_norm: {name} has no last norm that is known here")
+        block, before = keep_layers(model, layer, count)
+    network = RowNetwork(
+        model,
+        pooling=pooling,
+        own=(family.own if family else None) or "pooler_output",
+        layout=layout,
+        block=block,
+        before=before,
+        norm=norm,
+        normalize=normalize,
+        masked=family is None or family.masked,
+    )
+    settings: dict[str, Any] = {
+        "model": source,
+        "revision": getattr(config, "_commit_hash", None) or revision,
+        "family": model_type,
+        "layer": layer,
+        # Without a layer, as the model has it.
+        "final_norm": bool(final_norm) if layer is not None else None,
+        "transformers": transformers.__version__,
+    }
+    common = {"network": network, "name": name, "pooling": pooling, "normalized": normalize}
+    if modality == "image":
+        with _reading(name, source, modality, trust_remote_code):
+            processor = transformers.AutoImageProcessor.from_pretrained(
+                source, backend="pil", **hub
+            )
+        image_size = image_size or (preset.image_size if preset else None)
+        if image_size is not None:
+            processor = resized(processor, image_size, name)
+        preprocess = ImagePreprocessor(processor)
+        shape = _fit_image(network, preprocess, model, config, image_size)
+        settings |= {"image_size": list(shape[1:]), "pixels": preprocess.settings}
+        return Loaded(preprocess=preprocess, settings=settings, image_shape=shape, **common)
+
+    with _reading(name, source, modality, trust_remote_code):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **hub)
+    if max_length is None and preset is not None:
+        max_length = preset.max_length
+    if max_length is None and facts is not None:
+        max_length = facts.max_length
+    max_length = _check_length(max_length, tokenizer, config, name)
+    if prompt is None:
+        prompt = preset.prompt if preset else facts.prompt if facts else ""
+    preprocess = TextPreprocessor(
+        tokenizer,
+        prompt=prompt,
+        max_length=max_length,
+        end=preset.end if preset else None,
+        lower=bool(facts and facts.lower),
+    )
+    masked = family is None or family.masked
+    pad = tokenizer.pad_token_id
+    if pad is None and not masked:
+        raise ValueError(f"name: {name} has texts padded, and its tokenizer names no padding")
+    side = preset.padding if preset else family.padding if family else "right"
+    settings |= {
+        "prompt": prompt,
+        "max_length": max_length,
+        "truncation": "right",
+        "padding": side if masked else f"{side}, always to {max_length}",
+        "end": preset.end if preset else None,
+        "lower": preprocess.lower,
+        "tokenizer": type(tokenizer).__name__,
+    }
+    return Loaded(
+        preprocess=preprocess,
+        settings=settings,
+        # Under a mask, any id will do.
+        pad=0 if pad is None else int(pad),
+        left=side == "left",
+        buckets=buckets(max_length) if masked else (max_length,),
+        **common,
+    )
+
+
+def _load_model(transformers, source, model_type, family: Family | None, pooling, dtype, hub):
+    """The model, and which of its weights the checkpoint does not have."""
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "output_loading_info": True}
+    # Models of this package's own reading and of known families need no code of others.
+    if model_type not in NATIVE:
+        options |= hub
+    else:
+        options["revision"] = hub["revision"]
+    if family is not None:
+        options["attn_implementation"] = "eager"  # torchax and PyTorch compute the same then
+        if family.head and pooling != MODEL_POOLING:
+            options["add_pooling_layer"] = False
+    loader = getattr(transformers, family.loader if family else "AutoModel")
+    if model_type == "nvembed":
+        from sotalign_jax.encoders.nvembed import NVEmbed, NVEmbedConfig
+
+        loader = NVEmbed
+        options["config"] = NVEmbedConfig.from_pretrained(source, revision=hub["revision"])
+    elif model_type == "llama_bidirec":
+        known, _ = transformers.PreTrainedConfig.get_config_dict(source, revision=hub["revision"])
+        known = {k: v for k, v in known.items() if k not in ("model_type", "auto_map")}
+        loader = transformers.LlamaModel
+        options["config"] = transformers.LlamaConfig.from_dict(known)
+    elif model_type == "vit_mae":
+        options["mask_ratio"] = 0.0  # all patches are seen
+    model, info = loader.from_pretrained(source, **options)
+    if model_type == "llama_bidirec":
+        from sotalign_jax.encoders.nvembed import attend_both_ways
+
+        model = attend_both_ways(model)
+    if getattr(model.config, "use_cache", False):
+        model.config.use_cache = False
+    missing = sorted(info["missing_keys"])
+    if pooling != MODEL_POOLING:
+        missing = [key for key in missing if "pooler" not in key.split(".")]
+    return model, missing
+
+
+def _fit_image(network, preprocess, model, config, image_size) -> tuple[int, ...]:
+    """Readies a network for pictures of one size, and returns the shape of their pixels."""
+    from PIL import Image
+
+    example = preprocess(Image.new("RGB", (64, 64)))["pixel_values"]
+    size = getattr(config, "image_size", None)
+    height, width = example.shape[1:]
+    sizes = (size, size) if isinstance(size, int) else tuple(size or ())
+    arguments = inspect.signature(model.forward).parameters
+    if "interpolate_pos_encoding" in arguments and sizes not in ((), (height, width)):
+        network.options["interpolate_pos_encoding"] = True
+    if config.model_type == "vit_mae":
+        patch = config.patch_size
+        network.options["noise"] = (height // patch) * (width // patch)
+    try:
+        fix_positions(network, {"pixel_values": torch.from_numpy(example[None])})
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{'name' if image_size is None else 'image_size'}: the model takes no pictures of "
+            f"{height} x {width} pixels ({str(error).splitlines()[0]})"
+        ) from error
+    return example.shape
+
+
+def _check_length(max_length: int | None, tokenizer, config, name: str) -> int:
+    limits = [getattr(tokenizer, "model_max_length", None)]
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int):
+        # RoBERTa and its kin count positions from the id of padding.
+        offset = config.model_type in ("roberta", "xlm-roberta", "mpnet", "camembert")
+        positions -= 2 if offset else 0
+        limits.append(positions)
+        if max_length is not None and max_length > positions:
+            raise ValueError(
+                f"max_length: {name} takes at most {positions} tokens, not {max_length}"
+            )
+    if max_length is not None:
+        return max_length
+    return min(LONGEST, *(int(limit) for limit in limits if limit))
+
+
+def _sentence_facts(transformers, source, revision, pooling):
+    def find(file: str) -> str | None:
+        return transformers.utils.cached_file(
+            source,
+            file,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+
+    try:
+        return read_sentence_facts(find, source)
+    except ValueError:
+        if pooling is None:
+            raise
+        return None  # what is pooled was said, and the rest is the transformer's
+
+
+@contextlib.contextmanager
+def _reading(name: str, source: str, modality: str, trusted: bool) -> Iterator[None]:
+    """Errors of the hub and of files in one line, and no notices about weights not needed."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    except OSError as error:
+        if Path(source).is_dir():
+            raise ValueError(f"name: {source} cannot be read ({_line(error)})") from error
+        similar = similar_presets(name, modality)
+        hint = f"; similar presets: {', '.join(similar)}" if similar and source == name else ""
+        raise ValueError(
+            f"name: {source!r} is no preset and no directory, and was not read from the hub "
+            f"({_line(error)}){hint}"
+            if source == name
+            else f"name: {source!r} was not read from the hub ({_line(error)})"
+        ) from error
+    except ValueError as error:
+        if "trust_remote_code" in str(error) and not trusted:
+            raise ValueError(
+                f"trust_remote_code: {source} comes with code of its own, which would run here; "
+                f"read it, then set this to true"
+            ) from error
+        raise ValueError(f"name: {source} cannot be loaded ({_line(error)})") from error
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

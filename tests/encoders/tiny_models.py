@@ -1,0 +1,139 @@
+"""Random models of each architecture, a few kilobytes, saved as the hub has them."""
+
+import json
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+VIT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "image_size": 28,
+    "patch_size": 7,
+}
+TEXT = {
+    "vocab_size": 300,
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 48,
+}
+DECODER = {**TEXT, "num_key_value_heads": 1, "head_dim": 8}
+IDS = {"bos_token_id": 257, "eos_token_id": 258, "pad_token_id": 256}
+
+
+def configuration(family):
+    """Of a tiny model of a family; and of what class it is."""
+    t = transformers
+    dino = {k: v for k, v in VIT.items() if k != "intermediate_size"}
+    # Positions for another size than the pictures', as the published DINOv2 has them.
+    dino |= {"image_size": 42, "mlp_ratio": 2}
+    clip_text = {**TEXT, **IDS, "max_position_embeddings": 77}
+    siglip_text = {**TEXT, **IDS, "max_position_embeddings": 64}
+    return {
+        "dinov2": lambda: (t.Dinov2Model, t.Dinov2Config(**dino)),
+        "dinov2_with_registers": lambda: (
+            t.Dinov2WithRegistersModel,
+            t.Dinov2WithRegistersConfig(**dino, num_register_tokens=4),
+        ),
+        "dinov3_vit": lambda: (
+            t.DINOv3ViTModel,
+            t.DINOv3ViTConfig(**VIT, num_register_tokens=4),
+        ),
+        "vit": lambda: (t.ViTModel, t.ViTConfig(**VIT)),
+        "vit_mae": lambda: (t.ViTMAEForPreTraining, t.ViTMAEConfig(**VIT)),
+        "clip": lambda: (
+            t.CLIPModel,
+            t.CLIPConfig(text_config=clip_text, vision_config=VIT, projection_dim=8),
+        ),
+        "siglip": lambda: (
+            t.SiglipModel,
+            t.SiglipConfig(text_config=siglip_text, vision_config=VIT),
+        ),
+        "bert": lambda: (t.BertModel, t.BertConfig(**TEXT)),
+        "roberta": lambda: (
+            t.RobertaModel,
+            t.RobertaConfig(**(TEXT | {"max_position_embeddings": 50}), pad_token_id=1),
+        ),
+        "mpnet": lambda: (
+            t.MPNetModel,
+            t.MPNetConfig(**(TEXT | {"max_position_embeddings": 50}), pad_token_id=1),
+        ),
+        "distilbert": lambda: (
+            t.DistilBertModel,
+            t.DistilBertConfig(
+                vocab_size=300, dim=16, n_layers=3, n_heads=2, hidden_dim=32,
+                max_position_embeddings=48,
+            ),
+        ),
+        "modernbert": lambda: (
+            t.ModernBertModel,
+            t.ModernBertConfig(
+                **TEXT, **IDS, cls_token_id=257, sep_token_id=258, local_attention=8
+            ),
+        ),
+        "qwen3": lambda: (t.Qwen3Model, t.Qwen3Config(**DECODER)),
+        "llama": lambda: (t.LlamaModel, t.LlamaConfig(**DECODER, **IDS)),
+        "mistral": lambda: (t.MistralModel, t.MistralConfig(**DECODER, **IDS)),
+    }[family]()
+
+
+def save_tokenizer(folder, *, template="<s> $A </s>", tokenizer_class="PreTrainedTokenizerFast"):
+    """A tokenizer of bytes: each byte is a token, 256 is padding, 257 <s> and 258 </s>."""
+    specials = {"<pad>": 256, "<s>": 257, "</s>": 258, "<|endoftext|>": 259}
+    vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary | specials, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(specials))
+    if template:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=list(specials.items())
+        )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": tokenizer_class,
+                "pad_token": "<pad>",
+                "bos_token": "<s>",
+                "eos_token": "</s>",
+                "model_max_length": 1000,
+            }
+        )
+    )
+
+
+def save_model(folder, family, *, seed=0, dtype=torch.float32):
+    """Saves a random model, not of the small weights of initialisation: all parts must matter."""
+    torch.manual_seed(seed)
+    make, config = configuration(family)
+    model = make(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+    model.to(dtype).save_pretrained(folder)
+    return model.eval()
+
+
+def save_processor(folder, family, size=28):
+    """The image processor that the published models of a family have, for a small size."""
+    t = transformers
+    square = {"height": size, "width": size}
+    mean = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+    if family in ("dinov2", "dinov2_with_registers", "clip"):
+        crop = {"size": {"shortest_edge": size + 4}, "crop_size": square}
+        make = t.CLIPImageProcessorPil if family == "clip" else t.BitImageProcessorPil
+        processor = make(**crop, **({} if family == "clip" else mean))
+    elif family == "dinov3_vit":
+        processor = t.DINOv3ViTImageProcessorPil(size=square, **mean)
+    elif family == "siglip":
+        processor = t.SiglipImageProcessorPil(size=square)
+    else:
+        processor = t.ViTImageProcessorPil(size=square)
+    processor.save_pretrained(folder)
+    return processor
