@@ -172,7 +172,7 @@ def _no_caches() -> Iterator[None]:
 
     Its caches stand back where it believes that PyTorch is compiling.
     """
-    module = sys.modules.get("transformers.pytorch_utils")
+    module: Any = sys.modules.get("transformers.pytorch_utils")
     if module is None:
         yield
         return

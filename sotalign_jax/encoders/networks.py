@@ -21,7 +21,7 @@ class RowNetwork(torch.nn.Module):
     Args:
         model: of transformers.
         pooling: of its tokens, or ``"model"``.
-        own: attribute of its output that is its own row.
+        own: what its output calls the model's own row.
         layout: of the tokens of images; None for texts.
         block: module whose output is the hidden state to pool, or, with ``before``, its input;
             None for the model's last one.
@@ -37,7 +37,7 @@ class RowNetwork(torch.nn.Module):
         model: torch.nn.Module,
         *,
         pooling: str,
-        own: str | None = None,
+        own: str = "pooler_output",
         layout: Layout | None = None,
         block: torch.nn.Module | None = None,
         before: bool = False,

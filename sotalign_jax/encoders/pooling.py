@@ -90,7 +90,7 @@ def _last(tokens, mask):
 
 
 def _masked_mean(tokens, mask):
-    weights = _float32(mask != 0)
+    weights = _float32(_integers(mask))
     total = (tokens * weights[:, :, None]).sum(1)
     return total / weights.sum(1)[:, None]
 
@@ -165,8 +165,11 @@ def _float32(array: Any) -> Any:
 
 
 def _integers(mask: Any) -> Any:
-    xp, mask = _namespace(mask), mask != 0
-    return mask.to(xp.int32) if hasattr(mask, "to") else mask.astype(xp.int32)
+    """1 where a mask is not zero, and 0 where it is."""
+    xp = _namespace(mask)
+    # Through a boolean, because a mask may be of any type.
+    as_bool = mask.to(xp.bool) if hasattr(mask, "to") else mask.astype(bool)
+    return as_bool.to(xp.int32) if hasattr(mask, "to") else as_bool.astype(xp.int32)
 
 
 def _place(array: Any) -> dict[str, Any]:

@@ -6,13 +6,15 @@ be pickled, and needs neither the hub nor the model's weights.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from sotalign_jax.encoders.base import Inputs
 
-__all__ = ["ImagePreprocessor", "TextPreprocessor", "resized"]
+__all__ = ["FloatImagePreprocessor", "ImagePreprocessor", "TextPreprocessor", "resized"]
 
 
 class ImagePreprocessor:
@@ -27,8 +29,7 @@ class ImagePreprocessor:
 
     def __call__(self, item: Any) -> Inputs:
         """Raises ValueError for what is no picture, and for one that the processor refuses."""
-        if not hasattr(item, "convert") or not hasattr(item, "size"):
-            raise ValueError(f"expected a picture, got {type(item).__name__}")
+        _check_picture(item)
         pixels = self.processor(images=item.convert("RGB"), return_tensors="np")["pixel_values"]
         return {"pixel_values": np.asarray(pixels[0], np.float32)}
 
@@ -44,6 +45,94 @@ class ImagePreprocessor:
         }
         chosen["processor"] = type(self.processor).__name__
         return _plain(chosen)
+
+
+class FloatImagePreprocessor:
+    """A picture to ``{"pixel_values": (3, height, width)}``: resized after it was made float.
+
+    What the image processor of DINOv3 does, which needs torchvision. Pillow resizes single
+    precision too, by the same antialiased kernels, so nothing is rounded to 8 bits in between.
+
+    Args:
+        height: of the result.
+        width: of the result.
+        resample: Pillow's number of the kernel.
+        factor: that values of 0 to 255 are multiplied by.
+        mean: of each channel, subtracted after that.
+        std: of each channel, divided by after that.
+    """
+
+    def __init__(
+        self,
+        *,
+        height: int,
+        width: int,
+        resample: int,
+        factor: float,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ):
+        self.height, self.width, self.resample, self.factor = height, width, resample, factor
+        self.mean, self.std = list(mean), list(std)
+
+    @classmethod
+    def from_config(cls, known: Mapping[str, Any], name: str) -> FloatImagePreprocessor:
+        """Of a processor's configuration.
+
+        Raises:
+            ValueError: it asks for steps that are not done here.
+        """
+        size = known.get("size") or {}
+        extra = [k for k in ("do_center_crop", "do_pad") if known.get(k)]
+        off = [k for k in ("do_resize", "do_rescale", "do_normalize") if known.get(k) is False]
+        if extra or off or not {"height", "width"} <= set(size):
+            raise ValueError(
+                f"name: the image processor of {name} has steps or sizes that are not known here: "
+                f"{', '.join(extra or off) or size}"
+            )
+        return cls(
+            height=int(size["height"]),
+            width=int(size["width"]),
+            resample=int(known.get("resample", 2)),
+            factor=float(known.get("rescale_factor", 1 / 255)),
+            mean=known.get("image_mean", (0.485, 0.456, 0.406)),
+            std=known.get("image_std", (0.229, 0.224, 0.225)),
+        )
+
+    def resized(self, image_size: int) -> FloatImagePreprocessor:
+        """The same for square pictures of another size."""
+        changed = copy.copy(self)
+        changed.height = changed.width = image_size
+        return changed
+
+    def __call__(self, item: Any) -> Inputs:
+        """Raises ValueError for what is no picture."""
+        _check_picture(item)
+        from PIL import Image
+
+        pixels = np.asarray(item.convert("RGB"), np.float32) * np.float32(self.factor)
+        channels = [
+            np.asarray(
+                Image.fromarray(np.ascontiguousarray(pixels[..., k])).resize(
+                    (self.width, self.height), Image.Resampling(self.resample)
+                )
+            )
+            for k in range(3)
+        ]
+        mean, std = (np.asarray(v, np.float32)[:, None, None] for v in (self.mean, self.std))
+        return {"pixel_values": (np.stack(channels) - mean) / std}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the pixels, as JSON takes it."""
+        return {
+            "size": {"height": self.height, "width": self.width},
+            "resample": self.resample,
+            "rescale_factor": self.factor,
+            "image_mean": self.mean,
+            "image_std": self.std,
+            "processor": "rescale, resize, normalize",
+        }
 
 
 class TextPreprocessor:
@@ -118,24 +207,27 @@ def resized(processor: Any, image_size: int, name: str) -> Any:
     """An image processor for another size: what it crops has it, and it resizes in proportion.
 
     Raises:
-        ValueError: its sizes are of a kind that is not known here, or the number is not positive.
+        ValueError: its sizes are of a kind that is not known here.
     """
-    if image_size < 1:
-        raise ValueError(f"image_size: must be positive, got {image_size}")
-    size, crop = (getattr(processor, k, None) for k in ("size", "crop_size"))
-    crops = bool(getattr(processor, "do_center_crop", False)) and crop is not None
-    old = dict(crop if crops else size or {})
-    if "height" not in old or old["height"] != old["width"]:
+    known = processor.to_dict()
+    size, crop = (_plain(known.get(key) or {}) for key in ("size", "crop_size"))
+    crops = bool(known.get("do_center_crop")) and bool(crop)
+    old = crop if crops else size
+    if "height" not in old or old["height"] != old.get("width"):
         raise ValueError(
             f"image_size: the processor of {name} has sizes {old}, which this cannot change; "
             f"leave image_size out"
         )
     factor = image_size / old["height"]
-    scale = {k: round(v * factor) for k, v in dict(size or {}).items() if v is not None}
-    changes: dict[str, Any] = {"size": scale}
+    changes: dict[str, Any] = {"size": {k: round(v * factor) for k, v in size.items()}}
     if crops:
         changes["crop_size"] = {"height": image_size, "width": image_size}
-    return type(processor).from_dict({**processor.to_dict(), **changes})
+    return type(processor).from_dict({**known, **changes})
+
+
+def _check_picture(item: Any) -> None:
+    if not hasattr(item, "convert") or not hasattr(item, "size"):
+        raise ValueError(f"expected a picture, got {type(item).__name__}")
 
 
 def _plain(value: Any) -> Any:

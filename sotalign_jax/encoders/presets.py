@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from typing import Literal
+from typing import Any, Literal
 
 __all__ = ["PRESETS", "Preset", "find_preset", "preset_names"]
 
@@ -59,7 +59,7 @@ def _dinov2() -> dict[str, Preset]:
     names = {"s": "small", "b": "base", "l": "large", "g": "giant"}
     found = {}
     for letter, size in names.items():
-        common = {"modality": "image", "licence": _DINOV2_LICENCE}
+        common: dict[str, Any] = {"modality": "image", "licence": _DINOV2_LICENCE}
         for registers in (False, True):
             family = "dinov2_with_registers" if registers else "dinov2"
             model = f"facebook/dinov2-{'with-registers-' if registers else ''}{size}"
@@ -110,7 +110,7 @@ def _two_towers() -> dict[str, Preset]:
     for name, (model, family) in models.items():
         two = name.startswith("siglip2")
         clip = family == "clip"
-        common = {
+        common: dict[str, Any] = {
             "family": family,
             "pooling": "model",
             "licence": "MIT" if clip else "Apache-2.0",
@@ -162,7 +162,7 @@ def _texts() -> dict[str, Preset]:
             max_length=1024,
             query_prompt="Instruct: Given a question, retrieve passages that answer the question"
             "\nQuery: ",
-            licence="non-commercial; see the model's card",
+            licence="NVIDIA's, non-commercial; and the Llama 3.1 Community License",
             source="arXiv 2511.07025; the pooling: SOTAlign, arXiv 2602.23353",
             unverified="the wording of the instruction; the model's own code does not import with "
             "transformers 5, so it is loaded as a Llama that attends in both directions",

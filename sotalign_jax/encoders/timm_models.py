@@ -11,6 +11,7 @@ from sotalign_jax.encoders.extras import need
 from sotalign_jax.encoders.families import check_pooling
 from sotalign_jax.encoders.networks import RowNetwork, keep_layers, named
 from sotalign_jax.encoders.pooling import MODEL_POOLING, Layout, check_layout
+from sotalign_jax.encoders.presets import Preset
 from sotalign_jax.encoders.towers import Loaded
 
 __all__ = ["TimmPreprocessor", "load_timm"]
@@ -50,13 +51,13 @@ def load_timm(
     name: str,
     modality: str,
     *,
-    preset: None,
+    preset: Preset | None,
     pooling: str | None,
     layer: int | None,
     final_norm: bool | None,
     normalize: bool | None,
-    prompt: None,
-    max_length: None,
+    prompt: str | None,
+    max_length: int | None,
     image_size: int | None,
     dtype: str,
     revision: str | None,

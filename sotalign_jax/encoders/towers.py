@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -168,9 +169,8 @@ def load_encoder(
 
 
 def _load_callable(name: str, modality: str) -> Encoder:
-    from sotalign_jax.encoders.callables import load_callable
-
-    return load_callable(name, modality)
+    callables = importlib.import_module("sotalign_jax.encoders.callables")
+    return callables.load_callable(name, modality)
 
 
 class Tower:

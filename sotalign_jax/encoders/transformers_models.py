@@ -14,7 +14,12 @@ from sotalign_jax.encoders.extras import need
 from sotalign_jax.encoders.families import Family, check_pooling, family_of, layout_of
 from sotalign_jax.encoders.networks import RowNetwork, fix_positions, keep_layers, named
 from sotalign_jax.encoders.pooling import MODEL_POOLING, check_layout
-from sotalign_jax.encoders.preprocess import ImagePreprocessor, TextPreprocessor, resized
+from sotalign_jax.encoders.preprocess import (
+    FloatImagePreprocessor,
+    ImagePreprocessor,
+    TextPreprocessor,
+    resized,
+)
 from sotalign_jax.encoders.presets import Preset, similar_presets
 from sotalign_jax.encoders.sentence import read_sentence_facts
 from sotalign_jax.encoders.towers import Loaded, buckets
@@ -97,7 +102,7 @@ def load_transformers(
     network = RowNetwork(
         model,
         pooling=pooling,
-        own=(family.own if family else None) or "pooler_output",
+        own=family.own if family and family.own else "pooler_output",
         layout=layout,
         block=block,
         before=before,
@@ -116,14 +121,9 @@ def load_transformers(
     }
     common = {"network": network, "name": name, "pooling": pooling, "normalized": normalize}
     if modality == "image":
-        with _reading(name, source, modality, trust_remote_code):
-            processor = transformers.AutoImageProcessor.from_pretrained(
-                source, backend="pil", **hub
-            )
         image_size = image_size or (preset.image_size if preset else None)
-        if image_size is not None:
-            processor = resized(processor, image_size, name)
-        preprocess = ImagePreprocessor(processor)
+        with _reading(name, source, modality, trust_remote_code):
+            preprocess = _image_preprocessor(transformers, source, image_size, hub)
         shape = _fit_image(network, preprocess, model, config, image_size)
         settings |= {"image_size": list(shape[1:]), "pixels": preprocess.settings}
         return Loaded(preprocess=preprocess, settings=settings, image_shape=shape, **common)
@@ -181,7 +181,7 @@ def _load_model(transformers, source, model_type, family: Family | None, pooling
         options["attn_implementation"] = "eager"  # torchax and PyTorch compute the same then
         if family.head and pooling != MODEL_POOLING:
             options["add_pooling_layer"] = False
-    loader = getattr(transformers, family.loader if family else "AutoModel")
+    loader: Any = getattr(transformers, family.loader if family else "AutoModel")
     if model_type == "nvembed":
         from sotalign_jax.encoders.nvembed import NVEmbed, NVEmbedConfig
 
@@ -205,6 +205,20 @@ def _load_model(transformers, source, model_type, family: Family | None, pooling
     if pooling != MODEL_POOLING:
         missing = [key for key in missing if "pooler" not in key.split(".")]
     return model, missing
+
+
+def _image_preprocessor(transformers, source: str, image_size: int | None, hub):
+    known, _ = transformers.BaseImageProcessor.get_image_processor_dict(
+        source, revision=hub["revision"]
+    )
+    if str(known.get("image_processor_type", "")).startswith("DINOv3ViT"):
+        preprocess = FloatImagePreprocessor.from_config(known, source)
+        return preprocess if image_size is None else preprocess.resized(image_size)
+    # Never torchvision's, so that rows do not depend on whether it is installed.
+    processor = transformers.AutoImageProcessor.from_pretrained(source, backend="pil", **hub)
+    return ImagePreprocessor(
+        processor if image_size is None else resized(processor, image_size, source)
+    )
 
 
 def _fit_image(network, preprocess, model, config, image_size) -> tuple[int, ...]:
@@ -240,9 +254,7 @@ def _check_length(max_length: int | None, tokenizer, config, name: str) -> int:
         positions -= 2 if offset else 0
         limits.append(positions)
         if max_length is not None and max_length > positions:
-            raise ValueError(
-                f"max_length: {name} takes at most {positions} tokens, not {max_length}"
-            )
+            raise ValueError(f"max_length: {name} takes at most {positions}, got {max_length}")
     if max_length is not None:
         return max_length
     return min(LONGEST, *(int(limit) for limit in limits if limit))
@@ -287,7 +299,7 @@ def _reading(name: str, source: str, modality: str, trusted: bool) -> Iterator[N
             if source == name
             else f"name: {source!r} was not read from the hub ({_line(error)})"
         ) from error
-    except ValueError as error:
+    except (RuntimeError, ValueError) as error:
         if "trust_remote_code" in str(error) and not trusted:
             raise ValueError(
                 f"trust_remote_code: {source} comes with code of its own, which would run here; "

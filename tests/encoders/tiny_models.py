@@ -2,8 +2,10 @@
 
 import json
 
+import numpy as np
 import torch
 import transformers
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 VIT = {
@@ -33,6 +35,7 @@ def configuration(family):
     # Positions for another size than the pictures', as the published DINOv2 has them.
     dino |= {"image_size": 42, "mlp_ratio": 2}
     clip_text = {**TEXT, **IDS, "max_position_embeddings": 77}
+    shared = {"projection_dim": 8}
     siglip_text = {**TEXT, **IDS, "max_position_embeddings": 64}
     return {
         "dinov2": lambda: (t.Dinov2Model, t.Dinov2Config(**dino)),
@@ -48,7 +51,9 @@ def configuration(family):
         "vit_mae": lambda: (t.ViTMAEForPreTraining, t.ViTMAEConfig(**VIT)),
         "clip": lambda: (
             t.CLIPModel,
-            t.CLIPConfig(text_config=clip_text, vision_config=VIT, projection_dim=8),
+            t.CLIPConfig(
+                text_config={**clip_text, **shared}, vision_config={**VIT, **shared}, **shared
+            ),
         ),
         "siglip": lambda: (
             t.SiglipModel,
@@ -66,7 +71,11 @@ def configuration(family):
         "distilbert": lambda: (
             t.DistilBertModel,
             t.DistilBertConfig(
-                vocab_size=300, dim=16, n_layers=3, n_heads=2, hidden_dim=32,
+                vocab_size=300,
+                dim=16,
+                n_layers=3,
+                n_heads=2,
+                hidden_dim=32,
                 max_position_embeddings=48,
             ),
         ),
@@ -108,6 +117,41 @@ def save_tokenizer(folder, *, template="<s> $A </s>", tokenizer_class="PreTraine
     )
 
 
+def library(tmp_path_factory):
+    """Gives the directory of a tiny model of a family, with what goes with it, made once."""
+    made = {}
+
+    def folder(family):
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp(family)
+            save(made[family], family)
+        return made[family]
+
+    return folder
+
+
+def save(folder, family):
+    """A model, its image processor and its tokenizer, as far as it has them."""
+    model = save_model(folder, family)
+    if not hasattr(model.config, "vocab_size"):
+        save_processor(folder, family)
+    if hasattr(model.config, "vocab_size") or hasattr(model.config, "text_config"):
+        # Decoders have nothing before a text, and one token after it.
+        decoder = hasattr(model.config, "num_key_value_heads")
+        save_tokenizer(folder, template="$A </s>" if decoder else "<s> $A </s>")
+    return model
+
+
+def pictures():
+    """Five, of different sizes."""
+    rng = np.random.default_rng(0)
+    sizes = ((40, 30), (28, 28), (9, 50), (31, 44), (60, 60))
+    return [Image.fromarray(rng.integers(0, 255, (*s, 3), dtype=np.uint8)) for s in sizes]
+
+
+TEXTS = ["a cat", "two dogs in the snow", "x", "a long way down to the river", "yes"]
+
+
 def save_model(folder, family, *, seed=0, dtype=torch.float32):
     """Saves a random model, not of the small weights of initialisation: all parts must matter."""
     torch.manual_seed(seed)
@@ -129,8 +173,19 @@ def save_processor(folder, family, size=28):
         crop = {"size": {"shortest_edge": size + 4}, "crop_size": square}
         make = t.CLIPImageProcessorPil if family == "clip" else t.BitImageProcessorPil
         processor = make(**crop, **({} if family == "clip" else mean))
-    elif family == "dinov3_vit":
-        processor = t.DINOv3ViTImageProcessorPil(size=square, **mean)
+    elif family == "dinov3_vit":  # the class itself needs torchvision
+        facts = {
+            "image_processor_type": "DINOv3ViTImageProcessorFast",
+            "do_resize": True,
+            "do_rescale": True,
+            "do_normalize": True,
+            "resample": 2,
+            "rescale_factor": 1 / 255,
+            "size": square,
+            **mean,
+        }
+        (folder / "preprocessor_config.json").write_text(json.dumps(facts))
+        return None
     elif family == "siglip":
         processor = t.SiglipImageProcessorPil(size=square)
     else:
