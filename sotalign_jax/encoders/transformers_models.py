@@ -57,6 +57,8 @@ def load_transformers(
     with _reading(name, source, modality, trust_remote_code):
         known, _ = transformers.PreTrainedConfig.get_config_dict(source, revision=revision)
     model_type = str(known.get("model_type") or "")
+    if not model_type:
+        raise ValueError(f"name: {source} has no config.json that says its model_type")
     if preset and model_type != preset.family:
         raise ValueError(
             f"name: the preset {name!r} is of a {preset.family}, but {source} is a {model_type}"

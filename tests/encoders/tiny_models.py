@@ -24,19 +24,20 @@ TEXT = {
     "intermediate_size": 32,
     "max_position_embeddings": 48,
 }
-DECODER = {**TEXT, "num_key_value_heads": 1, "head_dim": 8}
 IDS = {"bos_token_id": 257, "eos_token_id": 258, "pad_token_id": 256}
 
 
-def configuration(family):
+def configuration(family, positions=48):
     """Of a tiny model of a family; and of what class it is."""
     t = transformers
+    text = {**TEXT, "max_position_embeddings": positions}
+    decoder = {**text, "num_key_value_heads": 1, "head_dim": 8}
     dino = {k: v for k, v in VIT.items() if k != "intermediate_size"}
     # Positions for another size than the pictures', as the published DINOv2 has them.
     dino |= {"image_size": 42, "mlp_ratio": 2}
-    clip_text = {**TEXT, **IDS, "max_position_embeddings": 77}
+    clip_text = {**text, **IDS, "max_position_embeddings": 77}
     shared = {"projection_dim": 8}
-    siglip_text = {**TEXT, **IDS, "max_position_embeddings": 64}
+    siglip_text = {**text, **IDS, "max_position_embeddings": 64}
     return {
         "dinov2": lambda: (t.Dinov2Model, t.Dinov2Config(**dino)),
         "dinov2_with_registers": lambda: (
@@ -59,14 +60,14 @@ def configuration(family):
             t.SiglipModel,
             t.SiglipConfig(text_config=siglip_text, vision_config=VIT),
         ),
-        "bert": lambda: (t.BertModel, t.BertConfig(**TEXT)),
+        "bert": lambda: (t.BertModel, t.BertConfig(**text)),
         "roberta": lambda: (
             t.RobertaModel,
-            t.RobertaConfig(**(TEXT | {"max_position_embeddings": 50}), pad_token_id=1),
+            t.RobertaConfig(**(text | {"max_position_embeddings": positions + 2}), pad_token_id=1),
         ),
         "mpnet": lambda: (
             t.MPNetModel,
-            t.MPNetConfig(**(TEXT | {"max_position_embeddings": 50}), pad_token_id=1),
+            t.MPNetConfig(**(text | {"max_position_embeddings": positions + 2}), pad_token_id=1),
         ),
         "distilbert": lambda: (
             t.DistilBertModel,
@@ -76,18 +77,18 @@ def configuration(family):
                 n_layers=3,
                 n_heads=2,
                 hidden_dim=32,
-                max_position_embeddings=48,
+                max_position_embeddings=positions,
             ),
         ),
         "modernbert": lambda: (
             t.ModernBertModel,
             t.ModernBertConfig(
-                **TEXT, **IDS, cls_token_id=257, sep_token_id=258, local_attention=8
+                **text, **IDS, cls_token_id=257, sep_token_id=258, local_attention=8
             ),
         ),
-        "qwen3": lambda: (t.Qwen3Model, t.Qwen3Config(**DECODER)),
-        "llama": lambda: (t.LlamaModel, t.LlamaConfig(**DECODER, **IDS)),
-        "mistral": lambda: (t.MistralModel, t.MistralConfig(**DECODER, **IDS)),
+        "qwen3": lambda: (t.Qwen3Model, t.Qwen3Config(**decoder)),
+        "llama": lambda: (t.LlamaModel, t.LlamaConfig(**decoder, **IDS)),
+        "mistral": lambda: (t.MistralModel, t.MistralConfig(**decoder, **IDS)),
     }[family]()
 
 
@@ -130,9 +131,9 @@ def library(tmp_path_factory):
     return folder
 
 
-def save(folder, family):
+def save(folder, family, **options):
     """A model, its image processor and its tokenizer, as far as it has them."""
-    model = save_model(folder, family)
+    model = save_model(folder, family, **options)
     if not hasattr(model.config, "vocab_size"):
         save_processor(folder, family)
     if hasattr(model.config, "vocab_size") or hasattr(model.config, "text_config"):
@@ -152,15 +153,21 @@ def pictures():
 TEXTS = ["a cat", "two dogs in the snow", "x", "a long way down to the river", "yes"]
 
 
-def save_model(folder, family, *, seed=0, dtype=torch.float32):
-    """Saves a random model, not of the small weights of initialisation: all parts must matter."""
-    torch.manual_seed(seed)
-    make, config = configuration(family)
-    model = make(config)
+def randomize(model):
+    """Weights so large that all parts of a model matter, whatever it initialises them with."""
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.3)
-    model.to(dtype).save_pretrained(folder)
+        for name, parameter in model.named_parameters():
+            gain = parameter.ndim == 1 and name.endswith("weight")
+            parameter.copy_(torch.randn_like(parameter) * 0.4 + float(gain))
+
+
+def save_model(folder, family, *, positions=48):
+    """Saves a random model of a family."""
+    torch.manual_seed(0)
+    make, config = configuration(family, positions)
+    model = make(config)
+    randomize(model)
+    model.save_pretrained(folder)
     return model.eval()
 
 
