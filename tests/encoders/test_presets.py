@@ -178,7 +178,7 @@ def test_llama_embed_nemotron_sees_both_directions(monkeypatch, saved, backend):
         ids = encoder.preprocess(text)["input_ids"].tolist()
         assert ids == [257, *text.encode().translate(TABLE)]
         wanted.append(everywhere(model, ids).double().mean(0).numpy())
-    np.testing.assert_allclose(encode(encoder, TEXTS), wanted, rtol=2e-5, atol=3e-6)
+    np.testing.assert_allclose(encode(encoder, TEXTS), wanted, rtol=5e-5, atol=3e-5)
 
 
 # Bytes to the ids of the tokenizer of the tests, which go by the characters that stand for them.
@@ -231,7 +231,7 @@ def test_nv_embed_pools_by_latent_attention(monkeypatch, saved, backend):
         assert ids[-1] == 258
         hidden = everywhere(mistral, ids).double().numpy()
         np.testing.assert_allclose(
-            rows["nv-embed-v2-mean"][i], hidden.mean(0), rtol=2e-5, atol=3e-6
+            rows["nv-embed-v2-mean"][i], hidden.mean(0), rtol=5e-5, atol=3e-5
         )
         wanted = latent_attention(hidden, weights).mean(0)
         np.testing.assert_allclose(rows["nv-embed-v2"][i], wanted, rtol=5e-5, atol=1e-5)
@@ -306,4 +306,4 @@ def test_the_published_mistake_is_of_other_tokens(monkeypatch, saved):
     sums = {"": tokens[:, 5:], "-registers": tokens[:, 1:], "-shifted": tokens[:, 1:-4]}
     for suffix, chosen in sums.items():
         assert chosen.shape[1] == {"": 16, "-registers": 20, "-shifted": 16}[suffix]
-        np.testing.assert_allclose(rows[suffix][:, 16:], chosen.mean(1), rtol=2e-5, atol=3e-6)
+        np.testing.assert_allclose(rows[suffix][:, 16:], chosen.mean(1), rtol=5e-5, atol=3e-5)

@@ -83,7 +83,7 @@ def hidden_of_images(folder, family, items):
 
 def assert_close(got, wanted):
     assert got.dtype == np.float32
-    np.testing.assert_allclose(got, np.asarray(wanted), rtol=2e-5, atol=3e-6)
+    np.testing.assert_allclose(got, np.asarray(wanted), rtol=5e-5, atol=3e-5)
 
 
 # family -> tokens before the patches, and whether there is a class token.
@@ -215,7 +215,7 @@ def test_decoders_pad_on_either_side(saved):
     assert isinstance(encoder, Tower) and encoder._loaded.left
     left = encode(encoder, TEXTS)
     encoder._loaded = encoder._loaded._replace(left=False)
-    np.testing.assert_allclose(encode(encoder, TEXTS), left, rtol=2e-5, atol=3e-6)
+    np.testing.assert_allclose(encode(encoder, TEXTS), left, rtol=5e-5, atol=3e-5)
 
 
 @with_torchax
@@ -224,7 +224,7 @@ def test_rows_are_spread_over_devices_and_batches_are_filled_up(saved, pictures)
     one = encode(load(folder, "image", backend="torch"), pictures)
     encoder = load(folder, "image", backend="torchax", devices=4, batch_size=3)
     rows = encode(encoder, [*pictures, *pictures])  # batches of 4, of which 2 are left over
-    np.testing.assert_allclose(rows, np.concatenate([one, one]), rtol=2e-5, atol=3e-6)
+    np.testing.assert_allclose(rows, np.concatenate([one, one]), rtol=5e-5, atol=3e-5)
     run = encoder._run
     placed = jax.tree.leaves(run._state)
     assert all(len(x.sharding.device_set) == 4 for x in placed)
