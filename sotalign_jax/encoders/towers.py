@@ -119,12 +119,20 @@ def load_encoder(
         raise ValueError(f"image_size: is of images, and {name} is to encode texts")
     if dtype not in DTYPES:
         raise ValueError(f"dtype: must be one of {', '.join(DTYPES)}; got {dtype!r}")
-    numbers = (("batch_size", batch_size), ("max_length", max_length), ("image_size", image_size))
-    for option, value in numbers:
-        if value is not None and value < 1:
-            raise ValueError(f"{option}: must be at least 1, got {value}")
-    if devices < 0:
-        raise ValueError(f"devices: must be a number of devices, or 0 for all, got {devices}")
+    numbers = {
+        "batch_size": (batch_size, 1),
+        "max_length": (max_length, 1),
+        "image_size": (image_size, 1),
+        "devices": (devices, 0),
+        "layer": (layer, None),
+    }
+    for option, (value, least) in numbers.items():
+        if value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError(f"{option}: must be a whole number, got {value!r}")
+        if least is not None and value < least:
+            raise ValueError(f"{option}: must be at least {least}, got {value}")
     if final_norm is not None and layer is None:
         raise ValueError("final_norm: is of a layer, and none is given; the last one has it")
     preset = find_preset(name, modality)

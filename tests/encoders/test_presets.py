@@ -12,10 +12,9 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("PIL")
 
 import tiny_models  # noqa: E402
-from tiny_models import TEXTS  # noqa: E402
+from tiny_models import TEXTS, each_backend_if_slow  # noqa: E402
 
 from sotalign_jax.encoders import presets  # noqa: E402
-from sotalign_jax.encoders.extras import has  # noqa: E402
 from sotalign_jax.encoders.families import FAMILIES  # noqa: E402
 from sotalign_jax.encoders.pooling import IMAGE_POOLINGS, TEXT_POOLINGS  # noqa: E402
 from sotalign_jax.encoders.presets import PRESETS, Preset, find_preset, preset_names  # noqa: E402
@@ -161,10 +160,7 @@ def everywhere(model, ids):
         return model(torch.tensor([ids]), attention_mask=open_mask).last_hidden_state[0]
 
 
-BACKENDS = ["torch"] + (["torchax"] if has("torchax") else [])
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend_if_slow
 def test_llama_embed_nemotron_sees_both_directions(monkeypatch, saved, backend):
     folder = saved("llama_bidirec")
     encoder = load(monkeypatch, folder, "llama-embed-nemotron-8b", backend=backend)
@@ -194,7 +190,7 @@ def _table():
 TABLE = _table()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend_if_slow
 def test_nv_embed_pools_by_latent_attention(monkeypatch, saved, backend):
     folder = saved("nvembed")
     weights = load_weights(folder)

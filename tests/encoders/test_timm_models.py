@@ -11,12 +11,9 @@ pytest.importorskip("transformers")
 timm = pytest.importorskip("timm", exc_type=ImportError)  # it needs torchvision too
 
 import tiny_models  # noqa: E402
+from tiny_models import each_backend  # noqa: E402
 
-from sotalign_jax.encoders.extras import has  # noqa: E402
 from sotalign_jax.encoders.towers import load_encoder  # noqa: E402
-
-BACKENDS = ["torch"] + (["torchax"] if has("torchax") else [])
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 VIT = {"img_size": 28, "patch_size": 7, "embed_dim": 16, "depth": 3, "num_heads": 2}
 MODELS = {

@@ -1,8 +1,11 @@
 """Towers against the outputs of transformers itself, on tiny random models of each architecture."""
 
 import json
+import pathlib
 import pickle
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -14,14 +17,12 @@ pytest.importorskip("PIL")
 
 import tiny_models  # noqa: E402
 from PIL import Image  # noqa: E402
-from tiny_models import TEXTS  # noqa: E402
+from tiny_models import BACKENDS, TEXTS, each_backend, each_backend_if_slow  # noqa: E402
 
-from sotalign_jax.encoders.extras import has  # noqa: E402
+import sotalign_jax  # noqa: E402
 from sotalign_jax.encoders.towers import buckets, load_encoder  # noqa: E402
 
-BACKENDS = ["torch"] + (["torchax"] if has("torchax") else [])
-with_torchax = pytest.mark.skipif(not has("torchax"), reason="torchax is not installed")
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
+with_torchax = pytest.mark.skipif(BACKENDS == ["torch"], reason="torchax is not installed")
 slow = pytest.mark.slow
 
 
@@ -104,7 +105,7 @@ def sample(families):
     return [f if f in SOME else pytest.param(f, marks=slow) for f in families]
 
 
-@each_backend
+@each_backend_if_slow
 @pytest.mark.parametrize("family", sample(IMAGES))
 def test_image_rows(saved, pictures, family, backend):
     folder = saved(family)
@@ -171,7 +172,9 @@ def test_text_rows_do_not_see_what_else_is_in_the_batch(saved, family, backend):
     folder = saved(family)
     wanted = hidden_of_texts(folder, family, TEXTS)
     own = TEXTS_OF[family][1]
-    for pooling in ("mean", "last", *(["model"] if own else [])):
+    poolings = ("mean", "last", *(["model"] if own else []))
+    # Poolings are the same code on both; how a model takes padding may not be.
+    for pooling in poolings if backend == "torch" else poolings[-1:]:
         if pooling == "model":
             rows = [output[own][0] for output, _ in wanted]
         else:
@@ -186,7 +189,7 @@ def test_layers(saved, pictures, backend):
     folder = saved("dinov3_vit")
     states = hidden_of_images(folder, "dinov3_vit", pictures).hidden_states
     norm = plain(folder).norm
-    for layer, k in ((0, 0), (2, 2), (-2, 2), (-1, 3)) if backend == "torch" else ((-2, 2),):
+    for layer, k in ((0, 0), (-2, 2), (3, 3)) if backend == "torch" else ((-2, 2),):
         options = {"backend": backend, "pooling": "cls", "layer": layer}
         encoder = load(folder, "image", **options)
         assert_close(encode(encoder, pictures), states[k][:, 0])
@@ -249,7 +252,7 @@ def test_texts_compile_once_for_each_length(saved):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=slow)])
-@each_backend
+@each_backend_if_slow
 def test_half_precision(saved, dtype, backend):
     folder = saved("bert")
     exact = encode(load(folder, "text", backend="torch", pooling="mean"), TEXTS)
@@ -317,7 +320,7 @@ def test_pictures_of_any_kind(saved):
         assert preprocess(Image.new(mode, (3, 1)))["pixel_values"].shape == (3, 28, 28)
 
 
-@each_backend
+@each_backend_if_slow
 @pytest.mark.parametrize("family", ["dinov2", pytest.param("clip", marks=slow)])
 def test_another_image_size(saved, pictures, family, backend):
     folder = saved(family)
@@ -431,7 +434,7 @@ REFUSED = {
     "dtype: must be one of": ("bert", "text", {"dtype": "int8"}),
     "backend: must be one of": ("bert", "text", {"backend": "jax"}),
     "batch_size: must be at least 1, got 0": ("bert", "text", {"batch_size": 0}),
-    "devices: must be": ("bert", "text", {"devices": -1}),
+    "devices: must be at least 0, got -1": ("bert", "text", {"devices": -1}),
 }
 
 
@@ -480,6 +483,78 @@ def test_items_of_another_encoder_are_refused(saved, pictures):
     for length in (0, 49):
         with pytest.raises(ValueError, match=r"of 1 to 48 tokens"):
             texts.encode([{"input_ids": np.ones(length, np.int32)}])
+
+
+@with_torchax
+def test_auto_takes_pytorch_where_torchax_cannot(saved, monkeypatch):
+    from sotalign_jax.encoders import backends
+
+    def lacking(self, inputs):
+        raise NotImplementedError("no such operation\nat all")
+
+    folder = saved("bert")
+    assert load(folder, "text", pooling="mean").description.settings["backend"] == "torchax"
+    monkeypatch.setattr(backends.JaxBackend, "trace", lacking)
+    with pytest.raises(ValueError, match=r"^backend: torchax cannot trace .*no such operation\)"):
+        load(folder, "text", pooling="mean", backend="torchax")
+    with pytest.warns(UserWarning, match="PyTorch runs it instead"):
+        encoder = load(folder, "text", pooling="mean")
+    assert encoder.description.settings["backend"] == "torch"
+    exact = encode(load(folder, "text", pooling="mean", backend="torch"), TEXTS)
+    np.testing.assert_array_equal(encode(encoder, TEXTS), exact)
+
+
+def test_missing_extras_are_named(saved, monkeypatch):
+    from sotalign_jax.encoders import extras
+
+    real = extras.importlib.import_module
+
+    def without(*names):
+        def find(module):
+            if module in names:
+                raise ModuleNotFoundError(f"No module named {module!r}")
+            return real(module)
+
+        return find
+
+    folder = saved("bert")
+    monkeypatch.setattr(extras.importlib, "import_module", without("torchax"))
+    with pytest.raises(ImportError, match=r"^backend='torchax': .*sotalign-jax\[torchax\]"):
+        load(folder, "text", pooling="mean", backend="torchax")
+    assert load(folder, "text", pooling="mean").description.settings["backend"] == "torch"
+    for missing, message in (
+        ("torch", r"^backend: install the extra, sotalign-jax\[encoders\]"),
+        ("transformers", r"^name: .*sotalign-jax\[encoders\]"),
+    ):
+        monkeypatch.setattr(extras.importlib, "import_module", without(missing))
+        with pytest.raises(ImportError, match=message):
+            load(folder, "text", pooling="mean", backend="torch" if missing != "torch" else "auto")
+
+
+@with_torchax
+def test_the_users_own_torch_stays_as_it_was(saved):
+    encode(load(saved("siglip"), "text", backend="torchax"), TEXTS)
+    assert torch.backends.mha.get_fastpath_enabled()
+    x = torch.ones(2) + torch.arange(2)
+    assert type(x) is torch.Tensor and x.device.type == "cpu"
+    import torchax
+
+    assert not torchax.default_env().enabled
+
+
+def test_a_workers_imports_are_few(saved, tmp_path):
+    preprocess = load(saved("bert"), "text", backend="torch", pooling="mean").preprocess
+    (tmp_path / "preprocess").write_bytes(pickle.dumps(preprocess))
+    code = (
+        "import pickle, sys; sys.path.insert(0, sys.argv[2]); "
+        "f = pickle.load(open(sys.argv[1], 'rb')); "
+        "print(f('a cat')['input_ids'].tolist(), 'jax' in sys.modules)"
+    )
+    arguments = [str(tmp_path / "preprocess"), str(pathlib.Path(sotalign_jax.__file__).parents[1])]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == f"{preprocess('a cat')['input_ids'].tolist()} False"
 
 
 REMOTE = """

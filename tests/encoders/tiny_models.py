@@ -3,11 +3,30 @@
 import json
 
 import numpy as np
+import pytest
 import torch
 import transformers
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
+from sotalign_jax.encoders.backends import choose_backend
+
+
+def _backends():
+    """Those that are installed; asked of the package, which leaves torch as it was."""
+    try:
+        choose_backend("torchax")
+    except ImportError:
+        return ["torch"]
+    return ["torch", "torchax"]
+
+
+BACKENDS = _backends()
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+# PyTorch is what rows are compared with: where there is torchax, that is the one to test.
+each_backend_if_slow = pytest.mark.parametrize(
+    "backend", [*(pytest.param(b, marks=pytest.mark.slow) for b in BACKENDS[:-1]), BACKENDS[-1]]
+)
 VIT = {
     "hidden_size": 16,
     "num_hidden_layers": 3,
