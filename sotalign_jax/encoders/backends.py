@@ -54,6 +54,9 @@ class TorchBackend:
         self._torch = torch
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self._network = network.to(self.device).eval()
+        for module in network.modules():
+            if getattr(module, "_supports_sdpa", False):
+                module.set_attn_implementation("sdpa")  # less memory: no matrix of weights
 
     def __call__(self, inputs: Arrays) -> np.ndarray:
         """Rows ``(n, d)``, float32."""

@@ -180,7 +180,7 @@ def _load_model(transformers, source, model_type, family: Family | None, pooling
     else:
         options["revision"] = hub["revision"]
     if family is not None:
-        options["attn_implementation"] = "eager"  # torchax and PyTorch compute the same then
+        options["attn_implementation"] = "eager"  # plain products, which torchax can trace
         if family.head and pooling != MODEL_POOLING:
             options["add_pooling_layer"] = False
     loader: Any = getattr(transformers, family.loader if family else "AutoModel")
