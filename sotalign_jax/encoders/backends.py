@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from sotalign_jax.encoders.extras import has, need
 from sotalign_jax.features.store import BFLOAT16
 
-__all__ = ["BACKENDS", "JaxBackend", "TorchBackend", "choose_backend"]
+__all__ = ["BACKENDS", "JaxBackend", "TorchBackend", "choose_backend", "local_devices"]
 
 BACKENDS = ("auto", "torch", "torchax")
 AXIS = "rows"
@@ -41,6 +41,18 @@ def choose_backend(backend: str) -> str:
         with _no_traces_of_import():
             need("torchax", extra="torchax", why="backend='torchax'")
     return backend
+
+
+def local_devices(count: int) -> list[Any]:
+    """The first devices of this process, all for 0.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    local = jax.local_devices()
+    if count > len(local):
+        raise ValueError(f"devices: {count} asked, but there are {len(local)}; 0 takes all of them")
+    return local[: count or len(local)]
 
 
 class TorchBackend:
@@ -93,12 +105,7 @@ class JaxBackend:
         with _no_traces_of_import():
             import torchax.tensor
 
-        local = jax.local_devices()
-        if not 0 <= devices <= len(local):
-            raise ValueError(
-                f"devices: {devices} asked, but there are {len(local)}; 0 takes all of them"
-            )
-        local = local[: devices or len(local)]
+        local = local_devices(devices)
         mesh = jax.make_mesh((len(local),), (AXIS,), (AxisType.Auto,), devices=local)
         self._by_row = NamedSharding(mesh, PartitionSpec(AXIS))
         self.rows = len(local)

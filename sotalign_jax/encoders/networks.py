@@ -12,7 +12,7 @@ import torch
 
 from sotalign_jax.encoders.pooling import MODEL_POOLING, Layout, pool, unit_length
 
-__all__ = ["RowNetwork", "fix_positions", "keep_layers", "named"]
+__all__ = ["RowNetwork", "check_layer", "fix_positions", "keep_layers", "named"]
 
 
 class RowNetwork(torch.nn.Module):
@@ -111,6 +111,14 @@ def named(model: torch.nn.Module, name: str) -> torch.nn.Module | None:
     return min(found, key=lambda pair: pair[0])[1] if found else None
 
 
+def check_layer(layer: int, count: int) -> None:
+    """Raises ValueError where a model of so many blocks has no such layer."""
+    if not -count - 1 <= layer <= count:
+        raise ValueError(
+            f"layer: the model has {count} blocks, so layers {-count - 1} to {count}; got {layer}"
+        )
+
+
 def keep_layers(model: torch.nn.Module, layer: int, count: int) -> tuple[torch.nn.Module, bool]:
     """Cuts off the blocks that a layer does not need.
 
@@ -126,10 +134,7 @@ def keep_layers(model: torch.nn.Module, layer: int, count: int) -> tuple[torch.n
     Raises:
         ValueError: no such layer, or the model's blocks were not found.
     """
-    if not -count - 1 <= layer <= count:
-        raise ValueError(
-            f"layer: the model has {count} blocks, so layers {-count - 1} to {count}; got {layer}"
-        )
+    check_layer(layer, count)
     layer = layer + count + 1 if layer < 0 else layer
     stacks = [
         module

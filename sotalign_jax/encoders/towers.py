@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float32
 
-from sotalign_jax.encoders.backends import JaxBackend, TorchBackend, choose_backend
+from sotalign_jax.encoders.backends import JaxBackend, TorchBackend, choose_backend, local_devices
 from sotalign_jax.encoders.base import Description, Encoder, Inputs, Preprocessor
 from sotalign_jax.encoders.presets import find_preset
 
@@ -153,6 +153,8 @@ def load_encoder(
         return _load_callable(name, modality)
 
     chosen = choose_backend(backend)
+    if chosen == "torchax":
+        local_devices(devices)
     if own:
         from sotalign_jax.encoders.timm_models import load_timm as load
     else:

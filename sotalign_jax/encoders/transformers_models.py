@@ -12,7 +12,13 @@ import torch
 
 from sotalign_jax.encoders.extras import need
 from sotalign_jax.encoders.families import Family, check_pooling, family_of, layout_of
-from sotalign_jax.encoders.networks import RowNetwork, fix_positions, keep_layers, named
+from sotalign_jax.encoders.networks import (
+    RowNetwork,
+    check_layer,
+    fix_positions,
+    keep_layers,
+    named,
+)
 from sotalign_jax.encoders.pooling import MODEL_POOLING, check_layout
 from sotalign_jax.encoders.preprocess import (
     FloatImagePreprocessor,
@@ -78,13 +84,9 @@ def load_transformers(
         normalize = preset.normalize if preset else bool(facts and facts.normalize)
 
     with _reading(name, source, modality, trust_remote_code):
-        model, missing = _load_model(transformers, source, model_type, family, pooling, dtype, hub)
-    if missing:
-        raise ValueError(
-            f"{'pooling' if 'pool' in missing[0] else 'name'}: {source} has no weights for "
-            f"{missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else "")
-        )
-    config = model.config
+        whole = _config(transformers, source, model_type, hub)
+    config = getattr(whole, "vision_config" if modality == "image" else "text_config", None)
+    config = config if hasattr(config, "num_hidden_layers") else whole  # of one tower, or of all
     layout = layout_of(family, config) if modality == "image" else None
     if modality == "image" and pooling != MODEL_POOLING:
         if layout is None:
@@ -93,13 +95,56 @@ def load_transformers(
                 f"{MODEL_POOLING!r}"
             )
         check_layout(pooling, layout)
+    count = int(getattr(config, "num_hidden_layers", 0) or 0)
+    if layer is not None:
+        check_layer(layer, count)
+        if final_norm and (family is None or family.norm is None):
+            raise ValueError(f"final_norm: {name} has no last norm that is known here")
+    settings: dict[str, Any] = {
+        "model": source,
+        "family": model_type,
+        "layer": layer,
+        # Without a layer, as the model has it.
+        "final_norm": bool(final_norm) if layer is not None else None,
+        "transformers": transformers.__version__,
+    }
+    items: dict[str, Any] = {}
+    if modality == "image":
+        image_size = image_size or (preset.image_size if preset else None)
+        with _reading(name, source, modality, trust_remote_code):
+            preprocess: Any = _image_preprocessor(transformers, source, image_size, hub)
+        settings["pixels"] = preprocess.settings
+    else:
+        with _reading(name, source, modality, trust_remote_code):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **hub)
+        if prompt is None:
+            prompt = preset.prompt if preset else facts.prompt if facts else ""
+        if max_length is None and (preset or facts):
+            max_length = preset.max_length if preset else facts.max_length if facts else None
+        preprocess = TextPreprocessor(
+            tokenizer,
+            prompt=prompt,
+            max_length=_check_length(max_length, tokenizer, config, name),
+            end=preset.end if preset else None,
+            lower=bool(facts and facts.lower),
+        )
+        items, said = _padding(preprocess, family, preset, name)
+        settings |= said
+
+    # All that can be wrong with the options was found; now to what takes long.
+    with _reading(name, source, modality, trust_remote_code):
+        model, missing = _load_model(
+            transformers, source, model_type, family, pooling, dtype, hub, whole
+        )
+    if missing:
+        raise ValueError(
+            f"{'pooling' if 'pool' in missing[0] else 'name'}: {source} has no weights for "
+            f"{missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else "")
+        )
+    settings["revision"] = getattr(model.config, "_commit_hash", None) or revision
     block, before, norm = None, False, None
     if layer is not None:
-        count = int(getattr(config, "num_hidden_layers", 0) or 0)
-        if final_norm:
-            norm = named(model, family.norm) if family and family.norm else None
-            if norm is None:
-                raise ValueError(f"final_norm: {name} has no last norm that is known here")
+        norm = named(model, family.norm) if final_norm and family and family.norm else None
         block, before = keep_layers(model, layer, count)
     network = RowNetwork(
         model,
@@ -112,66 +157,55 @@ def load_transformers(
         normalize=normalize,
         masked=family is None or family.masked,
     )
-    settings: dict[str, Any] = {
-        "model": source,
-        "revision": getattr(config, "_commit_hash", None) or revision,
-        "family": model_type,
-        "layer": layer,
-        # Without a layer, as the model has it.
-        "final_norm": bool(final_norm) if layer is not None else None,
-        "transformers": transformers.__version__,
-    }
-    common = {"network": network, "name": name, "pooling": pooling, "normalized": normalize}
     if modality == "image":
-        image_size = image_size or (preset.image_size if preset else None)
-        with _reading(name, source, modality, trust_remote_code):
-            preprocess = _image_preprocessor(transformers, source, image_size, hub)
-        shape = _fit_image(network, preprocess, model, config, image_size)
-        settings |= {"image_size": list(shape[1:]), "pixels": preprocess.settings}
-        return Loaded(preprocess=preprocess, settings=settings, image_shape=shape, **common)
+        shape = _fit_image(network, preprocess, model, image_size)
+        settings["image_size"] = list(shape[1:])
+        items = {"image_shape": shape}
+    return Loaded(network, preprocess, name, pooling, normalize, settings, **items)
 
-    with _reading(name, source, modality, trust_remote_code):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **hub)
-    if max_length is None and preset is not None:
-        max_length = preset.max_length
-    if max_length is None and facts is not None:
-        max_length = facts.max_length
-    max_length = _check_length(max_length, tokenizer, config, name)
-    if prompt is None:
-        prompt = preset.prompt if preset else facts.prompt if facts else ""
-    preprocess = TextPreprocessor(
-        tokenizer,
-        prompt=prompt,
-        max_length=max_length,
-        end=preset.end if preset else None,
-        lower=bool(facts and facts.lower),
-    )
+
+def _config(transformers, source: str, model_type: str, hub: dict[str, Any]):
+    """A model's configuration; of models that are loaded by this package, its own reading of it."""
+    if model_type == "nvembed":
+        from sotalign_jax.encoders.nvembed import NVEmbedConfig
+
+        return NVEmbedConfig.from_pretrained(source, revision=hub["revision"])
+    if model_type == "llama_bidirec":
+        known, _ = transformers.PreTrainedConfig.get_config_dict(source, revision=hub["revision"])
+        known = {k: v for k, v in known.items() if k not in ("model_type", "auto_map")}
+        return transformers.LlamaConfig.from_dict(known)
+    return transformers.AutoConfig.from_pretrained(source, **hub)
+
+
+def _padding(
+    preprocess: TextPreprocessor, family: Family | None, preset: Preset | None, name: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """How texts are padded, for `Loaded`; and what of texts is to be said of the encoder."""
     masked = family is None or family.masked
+    longest, tokenizer = preprocess.max_length, preprocess.tokenizer
     pad = tokenizer.pad_token_id
     if pad is None and not masked:
         raise ValueError(f"name: {name} has texts padded, and its tokenizer names no padding")
     side = preset.padding if preset else family.padding if family else "right"
-    settings |= {
-        "prompt": prompt,
-        "max_length": max_length,
+    items = {
+        "pad": 0 if pad is None else int(pad),  # under a mask, any id will do
+        "left": side == "left",
+        "buckets": buckets(longest) if masked else (longest,),
+    }
+    return items, {
+        "prompt": preprocess.prompt,
+        "max_length": longest,
         "truncation": "right",
-        "padding": side if masked else f"{side}, always to {max_length}",
+        "padding": side if masked else f"{side}, always to {longest}",
         "end": preset.end if preset else None,
         "lower": preprocess.lower,
         "tokenizer": type(tokenizer).__name__,
     }
-    return Loaded(
-        preprocess=preprocess,
-        settings=settings,
-        # Under a mask, any id will do.
-        pad=0 if pad is None else int(pad),
-        left=side == "left",
-        buckets=buckets(max_length) if masked else (max_length,),
-        **common,
-    )
 
 
-def _load_model(transformers, source, model_type, family: Family | None, pooling, dtype, hub):
+def _load_model(
+    transformers, source, model_type, family: Family | None, pooling, dtype, hub, config
+):
     """The model, and which of its weights the checkpoint does not have."""
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "output_loading_info": True}
     # Models of this package's own reading and of known families need no code of others.
@@ -185,15 +219,11 @@ def _load_model(transformers, source, model_type, family: Family | None, pooling
             options["add_pooling_layer"] = False
     loader: Any = getattr(transformers, family.loader if family else "AutoModel")
     if model_type == "nvembed":
-        from sotalign_jax.encoders.nvembed import NVEmbed, NVEmbedConfig
+        from sotalign_jax.encoders.nvembed import NVEmbed
 
-        loader = NVEmbed
-        options["config"] = NVEmbedConfig.from_pretrained(source, revision=hub["revision"])
+        loader, options["config"] = NVEmbed, config
     elif model_type == "llama_bidirec":
-        known, _ = transformers.PreTrainedConfig.get_config_dict(source, revision=hub["revision"])
-        known = {k: v for k, v in known.items() if k not in ("model_type", "auto_map")}
-        loader = transformers.LlamaModel
-        options["config"] = transformers.LlamaConfig.from_dict(known)
+        loader, options["config"] = transformers.LlamaModel, config
     elif model_type == "vit_mae":
         options["mask_ratio"] = 0.0  # all patches are seen
     model, info = loader.from_pretrained(source, **options)
@@ -223,10 +253,11 @@ def _image_preprocessor(transformers, source: str, image_size: int | None, hub):
     )
 
 
-def _fit_image(network, preprocess, model, config, image_size) -> tuple[int, ...]:
+def _fit_image(network, preprocess, model, image_size: int | None) -> tuple[int, ...]:
     """Readies a network for pictures of one size, and returns the shape of their pixels."""
     from PIL import Image
 
+    config = model.config
     example = preprocess(Image.new("RGB", (64, 64)))["pixel_values"]
     size = getattr(config, "image_size", None)
     height, width = example.shape[1:]
@@ -301,7 +332,11 @@ def _reading(name: str, source: str, modality: str, trusted: bool) -> Iterator[N
             if source == name
             else f"name: {source!r} was not read from the hub ({_line(error)})"
         ) from error
-    except (RuntimeError, ValueError) as error:
+    except ImportError as error:
+        raise ImportError(f"name: {source} needs what is not installed ({_line(error)})") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # of transformers, of its files, and of code of others
         if "trust_remote_code" in str(error) and not trusted:
             raise ValueError(
                 f"trust_remote_code: {source} comes with code of its own, which would run here; "

@@ -471,6 +471,26 @@ def test_weights_that_are_not_there(saved, tmp_path):
         load(folder, "text", backend="torch", pooling="mean")
 
 
+def test_weights_that_cannot_be_read(saved, tmp_path):
+    folder = copy_of(saved("bert"), tmp_path)
+    (folder / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(ValueError, match=r"^name: .* cannot be (loaded|read)"):
+        load(folder, "text", backend="torch", pooling="mean")
+
+
+def test_options_are_checked_before_weights_are_read(saved, tmp_path):
+    folder = copy_of(saved("bert"), tmp_path)
+    (folder / "model.safetensors").unlink()
+    for message, options in {
+        "max_length": {"max_length": 49},
+        "layer": {"layer": 9},
+        "final_norm": {"layer": 1, "final_norm": True},
+        "devices": {"devices": 99, "backend": BACKENDS[-1]} if BACKENDS[1:] else {"devices": -1},
+    }.items():
+        with pytest.raises(ValueError, match=f"^{message}: "):
+            load(folder, "text", **({"backend": "torch", "pooling": "mean"} | options))
+
+
 def test_items_of_another_encoder_are_refused(saved, pictures):
     encoder = load(saved("dinov2"), "image", backend="torch")
     with pytest.raises(ValueError, match=r"needs at least one item"):
