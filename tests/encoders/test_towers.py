@@ -1,0 +1,610 @@
+"""Towers against the outputs of transformers itself, on tiny random models of each architecture."""
+
+import json
+import pathlib
+import pickle
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("PIL")
+
+import tiny_models  # noqa: E402
+from PIL import Image  # noqa: E402
+from tiny_models import BACKENDS, TEXTS, each_backend, each_backend_if_slow  # noqa: E402
+
+import sotalign_jax  # noqa: E402
+from sotalign_jax.encoders.towers import buckets, load_encoder  # noqa: E402
+
+with_torchax = pytest.mark.skipif(BACKENDS == ["torch"], reason="torchax is not installed")
+slow = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return tiny_models.library(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return tiny_models.pictures()
+
+
+def load(folder, modality, **options):
+    options = {"devices": 1, "batch_size": 3} | options
+    return load_encoder(str(folder), modality, **options)
+
+
+def encode(encoder, items):
+    return encoder.encode([encoder.preprocess(item) for item in items])
+
+
+def plain(folder, loader="AutoModel", **options):
+    """The model as anybody would load it."""
+    found = getattr(transformers, loader)
+    return found.from_pretrained(folder, attn_implementation="eager", **options).eval()
+
+
+def pixels(folder, family, items):
+    """What the model's own processor makes of pictures; DINOv3's is written out."""
+    if family != "dinov3_vit":
+        processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
+        return processor(images=items, return_tensors="pt")["pixel_values"]
+    facts = json.loads((folder / "preprocessor_config.json").read_text())
+    out = []
+    for item in items:
+        x = torch.from_numpy(np.asarray(item).astype(np.float32) / 255).permute(2, 0, 1)
+        x = torch.nn.functional.interpolate(
+            x[None], (28, 28), mode="bilinear", antialias=True, align_corners=False
+        )
+        mean, std = (torch.tensor(facts[k])[:, None, None] for k in ("image_mean", "image_std"))
+        out.append((x[0] - mean) / std)
+    return torch.stack(out)
+
+
+def hidden_of_images(folder, family, items):
+    """Hidden states of pictures, all layers and the last with its norm, by transformers."""
+    loader = {
+        "clip": "CLIPVisionModelWithProjection",
+        "siglip": "SiglipVisionModel",
+    }.get(family, "AutoModel")
+    options = {"mask_ratio": 0.0} if family == "vit_mae" else {}
+    inputs = {"pixel_values": pixels(folder, family, items)}
+    if family == "vit_mae":
+        inputs["noise"] = torch.arange(16.0).expand(len(items), -1)
+    with torch.no_grad():
+        return plain(folder, loader, **options)(**inputs, output_hidden_states=True)
+
+
+def assert_close(got, wanted):
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, np.asarray(wanted), rtol=5e-5, atol=3e-5)
+
+
+# family -> tokens before the patches, and whether there is a class token.
+IMAGES = {
+    "dinov2": (1, True),
+    "dinov2_with_registers": (5, True),
+    "dinov3_vit": (5, True),
+    "vit": (1, True),
+    "vit_mae": (1, True),
+    "clip": (1, True),
+    "siglip": (0, False),
+}
+SOME = ("dinov3_vit", "dinov2_with_registers", "siglip")
+
+
+def sample(families):
+    """All of them; those that say less that others do not are slow."""
+    return [f if f in SOME else pytest.param(f, marks=slow) for f in families]
+
+
+@each_backend_if_slow
+@pytest.mark.parametrize("family", sample(IMAGES))
+def test_image_rows(saved, pictures, family, backend):
+    folder = saved(family)
+    prefix, cls = IMAGES[family]
+    wanted = hidden_of_images(folder, family, pictures)
+    last = wanted.last_hidden_state.double()
+    mean = last[:, prefix:].mean(1)
+    pooling = "cls_mean" if cls else "mean"
+    encoder = load(folder, "image", backend=backend, pooling=pooling)
+    rows = encode(encoder, pictures)
+    assert_close(rows, torch.cat([last[:, 0], mean], 1) if cls else mean)
+    said = encoder.description
+    assert (said.modality, said.pooling, said.normalized) == ("image", pooling, False)
+    assert said.settings["backend"] == backend
+    assert json.loads(json.dumps(said.settings)) == said.settings
+    if family in ("clip", "siglip"):
+        own = wanted.image_embeds if family == "clip" else wanted.pooler_output
+        encoder = load(folder, "image", backend=backend, normalize=True)
+        assert encoder.description.pooling == "model" and encoder.description.normalized
+        assert_close(encode(encoder, pictures), torch.nn.functional.normalize(own.double()))
+
+
+# family -> the class that has its text tower, and what it calls its own row.
+TEXTS_OF = {
+    "bert": ("AutoModel", "pooler_output"),
+    "clip": ("CLIPTextModelWithProjection", "text_embeds"),
+    "siglip": ("SiglipTextModel", "pooler_output"),
+    "qwen3": ("AutoModel", None),
+    "roberta": ("AutoModel", "pooler_output"),
+    "mpnet": ("AutoModel", "pooler_output"),
+    "distilbert": ("AutoModel", None),
+    "modernbert": ("AutoModel", None),
+    "llama": ("AutoModel", None),
+    "mistral": ("AutoModel", None),
+}
+SOME_TEXTS = ("bert", "siglip", "qwen3")
+
+
+def hidden_of_texts(folder, family, items):
+    """Hidden states of texts, one at a time, so that nothing is padded, by transformers."""
+    loader, _ = TEXTS_OF[family]
+    model = plain(folder, loader)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    # SigLIP alone was trained on padding.
+    full = {"padding": "max_length", "max_length": 64} if family == "siglip" else {}
+    found = []
+    for item in items:
+        inputs = tokenizer(item, return_tensors="pt", **full)
+        inputs.pop("token_type_ids", None)
+        mask = inputs["attention_mask"][0].bool()
+        if family == "siglip":
+            inputs.pop("attention_mask")
+        with torch.no_grad():
+            output = model(**inputs, output_hidden_states=True)
+        found.append((output, mask))
+    return found
+
+
+@each_backend
+@pytest.mark.parametrize(
+    "family", [f if f in SOME_TEXTS else pytest.param(f, marks=slow) for f in TEXTS_OF]
+)
+def test_text_rows_do_not_see_what_else_is_in_the_batch(saved, family, backend):
+    folder = saved(family)
+    wanted = hidden_of_texts(folder, family, TEXTS)
+    own = TEXTS_OF[family][1]
+    poolings = ("mean", "last", *(["model"] if own else []))
+    # Poolings are the same code on both; how a model takes padding may not be.
+    for pooling in poolings if backend == "torch" else poolings[-1:]:
+        if pooling == "model":
+            rows = [output[own][0] for output, _ in wanted]
+        else:
+            texts = [output.last_hidden_state[0][mask].double() for output, mask in wanted]
+            rows = [x[-1] if pooling == "last" else x.mean(0) for x in texts]
+        encoder = load(folder, "text", backend=backend, pooling=pooling)
+        assert_close(encode(encoder, TEXTS), torch.stack(rows))
+
+
+@each_backend
+def test_layers(saved, pictures, backend):
+    folder = saved("dinov3_vit")
+    states = hidden_of_images(folder, "dinov3_vit", pictures).hidden_states
+    norm = plain(folder).norm
+    for layer, k in ((0, 0), (-2, 2), (3, 3)) if backend == "torch" else ((-2, 2),):
+        options = {"backend": backend, "pooling": "cls", "layer": layer}
+        encoder = load(folder, "image", **options)
+        assert_close(encode(encoder, pictures), states[k][:, 0])
+        assert encoder.description.settings["layer"] == layer
+        with torch.no_grad():
+            normed = norm(states[k])[:, 0]
+        encoder = load(folder, "image", final_norm=True, **options)
+        assert_close(encode(encoder, pictures), normed)
+
+
+@pytest.mark.parametrize("family", ["bert", pytest.param("qwen3", marks=slow)])
+def test_layers_of_texts(saved, family):
+    folder = saved(family)
+    wanted = hidden_of_texts(folder, family, TEXTS)
+    for layer in (0, 1):
+        rows = [output.hidden_states[layer][0].double().mean(0) for output, _ in wanted]
+        encoder = load(folder, "text", backend="torch", pooling="mean", layer=layer)
+        assert_close(encode(encoder, TEXTS), torch.stack(rows))
+
+
+def test_decoders_pad_on_either_side(saved):
+    from sotalign_jax.encoders.towers import Tower
+
+    folder = saved("qwen3")
+    encoder = load(folder, "text", backend="torch", pooling="last")
+    assert isinstance(encoder, Tower) and encoder._loaded.left
+    left = encode(encoder, TEXTS)
+    encoder._loaded = encoder._loaded._replace(left=False)
+    np.testing.assert_allclose(encode(encoder, TEXTS), left, rtol=5e-5, atol=3e-5)
+
+
+@with_torchax
+def test_rows_are_spread_over_devices_and_batches_are_filled_up(saved, pictures):
+    folder = saved("dinov3_vit")
+    one = encode(load(folder, "image", backend="torch"), pictures)
+    encoder = load(folder, "image", backend="torchax", devices=4, batch_size=3)
+    rows = encode(encoder, [*pictures, *pictures])  # batches of 4, of which 2 are left over
+    np.testing.assert_allclose(rows, np.concatenate([one, one]), rtol=5e-5, atol=3e-5)
+    run = encoder._run
+    placed = jax.tree.leaves(run._state)
+    assert all(len(x.sharding.device_set) == 4 for x in placed)
+    inputs = encoder._inputs([encoder.preprocess(p) for p in pictures[:2]])
+    assert inputs["pixel_values"].shape[0] == 4
+    out = run(inputs)
+    assert {s.data.shape[0] for s in out.addressable_shards} == {1}
+    assert run._run._cache_size() == 1
+    # Weights are arguments of the program, and no constants of it.
+    with run._settings():
+        program = run._run.lower(run._state, inputs).as_text()
+    assert "dense_resource" not in program and len(program) < 300_000
+
+
+@with_torchax
+def test_texts_compile_once_for_each_length(saved):
+    encoder = load(saved("bert"), "text", backend="torchax", pooling="mean", batch_size=2)
+    assert buckets(48) == (16, 32, 48) and buckets(16) == (16,) and buckets(5) == (5,)
+    encode(encoder, TEXTS)
+    encode(encoder, TEXTS[::-1])
+    assert encoder._run._run._cache_size() == 2  # of 16 and of 32 tokens
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=slow)])
+@each_backend_if_slow
+def test_half_precision(saved, dtype, backend):
+    folder = saved("bert")
+    exact = encode(load(folder, "text", backend="torch", pooling="mean"), TEXTS)
+    encoder = load(folder, "text", backend=backend, pooling="mean", dtype=dtype)
+    rows = encode(encoder, TEXTS)
+    assert rows.dtype == np.float32 and encoder.description.settings["dtype"] == dtype
+    error = np.abs(rows - exact).max() / np.abs(exact).max()
+    assert 1e-5 < error < 3e-2
+
+
+def test_prompts_and_lengths_are_the_tokenizers_own(saved):
+    folder = saved("bert")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+
+    def ids(text, **options):
+        encoder = load(folder, "text", backend="torch", pooling="mean", **options)
+        return encoder.preprocess(text)["input_ids"].tolist(), encoder.description.settings
+
+    got, said = ids("a cat")
+    assert got == tokenizer("a cat")["input_ids"] == [257, *tokenizer.encode("a cat")[1:-1], 258]
+    assert (said["prompt"], said["max_length"]) == ("", 48)
+    got, said = ids("a cat", prompt="query: ")
+    assert got == tokenizer("query: a cat")["input_ids"] and said["prompt"] == "query: "
+    got, _ = ids("a cat", prompt="a photo of {text}.")
+    assert got == tokenizer("a photo of a cat.")["input_ids"]
+    got, said = ids("a cat and a dog", max_length=7)
+    assert got == tokenizer("a cat")["input_ids"] and said["max_length"] == 7
+    got, _ = ids("a cat and a dog", prompt="see ", max_length=9)
+    assert got == tokenizer("see a c")["input_ids"]  # the prompt stays, and the text is cut
+    assert got[0] == 257 and got[-1] == 258
+
+
+def test_what_a_text_ends_with(saved):
+    from sotalign_jax.encoders.preprocess import TextPreprocessor
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(saved("qwen3"))
+    options = {"prompt": "", "max_length": 6}
+    ids = TextPreprocessor(tokenizer, end="</s>", **options)
+    assert ids("ab")["input_ids"].tolist() == tokenizer("ab")["input_ids"]  # it has it already
+    other = TextPreprocessor(tokenizer, end="<|endoftext|>", **options)
+    assert other("ab")["input_ids"].tolist() == [*tokenizer("ab")["input_ids"], 259]
+    assert other("abcdefgh")["input_ids"].tolist()[-1] == 259
+    assert len(other("abcdefgh")["input_ids"]) == 6
+    with pytest.raises(ValueError, match=r"end: '<eot>' is not a token"):
+        TextPreprocessor(tokenizer, end="<eot>", **options)
+
+
+def test_preprocessors_travel_and_refuse(saved, pictures):
+    for family, modality in (("dinov2", "image"), ("dinov3_vit", "image"), ("bert", "text")):
+        options = {} if modality == "image" else {"pooling": "mean"}
+        preprocess = load(saved(family), modality, backend="torch", **options).preprocess
+        again = pickle.loads(pickle.dumps(preprocess))
+        item = pictures[0] if modality == "image" else "a cat"
+        for key, value in preprocess(item).items():
+            np.testing.assert_array_equal(again(item)[key], value)
+        with pytest.raises(ValueError, match=r"got int"):
+            preprocess(3)
+    with pytest.raises(ValueError, match=r"not valid Unicode"):
+        preprocess("\ud800")
+
+
+def test_pictures_of_any_kind(saved):
+    preprocess = load(saved("dinov3_vit"), "image", backend="torch").preprocess
+    for mode in ("L", "RGBA", "P", "1"):
+        assert preprocess(Image.new(mode, (3, 1)))["pixel_values"].shape == (3, 28, 28)
+
+
+@each_backend_if_slow
+@pytest.mark.parametrize("family", ["dinov2", pytest.param("clip", marks=slow)])
+def test_another_image_size(saved, pictures, family, backend):
+    folder = saved(family)
+    encoder = load(folder, "image", backend=backend, image_size=35, pooling="cls")
+    assert encoder.preprocess(pictures[0])["pixel_values"].shape == (3, 35, 35)
+    assert encoder.description.settings["image_size"] == [35, 35]
+    said = encoder.description.settings["pixels"]
+    assert said["size"] == {"shortest_edge": 40} and said["crop_size"]["height"] == 35
+    x = torch.stack([torch.from_numpy(encoder.preprocess(p)["pixel_values"]) for p in pictures])
+    loader = "CLIPVisionModelWithProjection" if family == "clip" else "AutoModel"
+    more = {"interpolate_pos_encoding": True} if family == "clip" else {}
+    with torch.no_grad():
+        wanted = plain(folder, loader)(pixel_values=x, **more).last_hidden_state[:, 0]
+    assert_close(encode(encoder, pictures), wanted)
+
+
+def copy_of(folder, tmp_path, **changes):
+    shutil.copytree(folder, tmp_path / "copy")
+    path = tmp_path / "copy" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return tmp_path / "copy"
+
+
+def sentence_files(folder, *, pooling, normalize=True, stage="Normalize"):
+    kind = "sentence_transformers.models."
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": f"{kind}Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": f"{kind}Pooling"},
+    ]
+    if normalize:
+        modules.append({"idx": 2, "name": "2", "path": "2_Last", "type": f"{kind}{stage}"})
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    facts = {"max_seq_length": 11, "do_lower_case": True}
+    (folder / "sentence_bert_config.json").write_text(json.dumps(facts))
+    prompts = {"prompts": {"q": "q: "}, "default_prompt_name": "q"}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+
+
+@pytest.mark.parametrize(
+    "pooling",
+    [{"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, {"pooling_mode": "cls"}],
+)
+def test_sentence_transformers_files(saved, tmp_path, pooling):
+    folder = copy_of(saved("bert"), tmp_path)
+    sentence_files(folder, pooling=pooling)
+    encoder = load(folder, "text", backend="torch")
+    said = encoder.description
+    assert (said.pooling, said.normalized) == ("cls", True)
+    assert (said.settings["prompt"], said.settings["max_length"]) == ("q: ", 11)
+    wanted = hidden_of_texts(saved("bert"), "bert", ["q: a cat"])[0][0].last_hidden_state[:, 0]
+    assert_close(encode(encoder, ["A CAT"]), torch.nn.functional.normalize(wanted))
+    # What is given overrides what the files say.
+    encoder = load(folder, "text", backend="torch", normalize=False, prompt="", max_length=20)
+    said = encoder.description
+    assert (said.normalized, said.settings["prompt"], said.settings["max_length"]) == (
+        False,
+        "",
+        20,
+    )
+
+
+def test_sentence_transformers_files_that_are_not_known(saved, tmp_path):
+    folder = copy_of(saved("bert"), tmp_path)
+    sentence_files(folder, pooling={"pooling_mode_max_tokens": True})
+    with pytest.raises(ValueError, match=r"pooling: .* says pooling_mode_max_tokens"):
+        load(folder, "text", backend="torch")
+    sentence_files(folder, pooling={"pooling_mode_cls_token": True}, stage="Dense")
+    with pytest.raises(ValueError, match=r"stages Transformer, Pooling, Dense"):
+        load(folder, "text", backend="torch")
+    assert load(folder, "text", backend="torch", pooling="mean").description.pooling == "mean"
+
+
+REFUSED = {
+    "modality: must be": ("bert", "video", {}),
+    "modality: a model of type 'bert' encodes texts": ("bert", "image", {}),
+    "modality: a model of type 'vit' encodes images": ("vit", "text", {"pooling": "mean"}),
+    "pooling: nothing says how": ("bert", "text", {}),
+    "pooling: must be one of cls, last, mean, model for texts": (
+        "bert",
+        "text",
+        {"pooling": "cls_mean"},
+    ),
+    "pooling: .* needs register tokens": ("dinov2", "image", {"pooling": "cls_mean_shifted"}),
+    "pooling: .* needs a class token": ("siglip", "image", {"pooling": "cls"}),
+    "pooling: .* has no row of its own": ("qwen3", "text", {"pooling": "model"}),
+    "layer: the model has 3 blocks, so layers -4 to 3; got 4": ("dinov2", "image", {"layer": 4}),
+    "layer: the model's own row": ("clip", "text", {"layer": 1}),
+    "final_norm: is of a layer": ("dinov2", "image", {"final_norm": True}),
+    "final_norm: .* no last norm": (
+        "bert",
+        "text",
+        {"pooling": "mean", "layer": 1, "final_norm": True},
+    ),
+    "prompt: is of texts": ("dinov2", "image", {"prompt": "x"}),
+    "max_length: is of texts": ("dinov2", "image", {"max_length": 8}),
+    "max_length: must be at least 1, got 0": ("bert", "text", {"max_length": 0}),
+    "max_length: .* takes at most 48, got 49": (
+        "bert",
+        "text",
+        {"pooling": "mean", "max_length": 49},
+    ),
+    "max_length: the prompt and the special tokens take 6": (
+        "bert",
+        "text",
+        {"pooling": "mean", "prompt": "see ", "max_length": 6},
+    ),
+    "image_size: is of images": ("bert", "text", {"image_size": 28}),
+    "image_size: the model takes no pictures of 3 x 3": ("dinov2", "image", {"image_size": 3}),
+    "dtype: must be one of": ("bert", "text", {"dtype": "int8"}),
+    "backend: must be one of": ("bert", "text", {"backend": "jax"}),
+    "batch_size: must be at least 1, got 0": ("bert", "text", {"batch_size": 0}),
+    "devices: must be at least 0, got -1": ("bert", "text", {"devices": -1}),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_refusals(saved, message):
+    family, modality, options = REFUSED[message]
+    with pytest.raises(ValueError, match=f"^{message}"):
+        load(saved(family), modality, **({"backend": "torch"} | options))
+
+
+@with_torchax
+def test_too_many_devices(saved):
+    with pytest.raises(ValueError, match=r"^devices: 99 asked"):
+        load(saved("bert"), "text", pooling="mean", backend="torchax", devices=99)
+
+
+def test_models_that_are_not_there(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"^name: must be a preset"):
+        load_encoder("", "text")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"^name: .*empty has no config"):
+        load_encoder(str(tmp_path / "empty"), "text", backend="torch")
+    with pytest.raises(ValueError, match=r"similar presets: .*dinov3-vitl16") as caught:
+        load_encoder("dinov3-vitl-16", "image", backend="torch")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"^modality: the preset .*'clip-vitb32-text'"):
+        load_encoder("clip-vitb32-image", "text")
+
+
+def test_weights_that_are_not_there(saved, tmp_path):
+    folder = copy_of(saved("bert"), tmp_path, num_hidden_layers=4)
+    with pytest.raises(ValueError, match=r"^name: .* has no weights for encoder\.layer\.3"):
+        load(folder, "text", backend="torch", pooling="mean")
+
+
+def test_weights_that_cannot_be_read(saved, tmp_path):
+    folder = copy_of(saved("bert"), tmp_path)
+    (folder / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(ValueError, match=r"^name: .* cannot be (loaded|read)"):
+        load(folder, "text", backend="torch", pooling="mean")
+
+
+def test_options_are_checked_before_weights_are_read(saved, tmp_path):
+    folder = copy_of(saved("bert"), tmp_path)
+    (folder / "model.safetensors").unlink()
+    for message, options in {
+        "max_length": {"max_length": 49},
+        "layer": {"layer": 9},
+        "final_norm": {"layer": 1, "final_norm": True},
+        "devices": {"devices": 99, "backend": BACKENDS[-1]} if BACKENDS[1:] else {"devices": -1},
+    }.items():
+        with pytest.raises(ValueError, match=f"^{message}: "):
+            load(folder, "text", **({"backend": "torch", "pooling": "mean"} | options))
+
+
+def test_items_of_another_encoder_are_refused(saved, pictures):
+    encoder = load(saved("dinov2"), "image", backend="torch")
+    with pytest.raises(ValueError, match=r"needs at least one item"):
+        encoder.encode([])
+    with pytest.raises(ValueError, match=r"must have pixel_values, got input_ids"):
+        encoder.encode([{"input_ids": np.ones(3, np.int32)}])
+    with pytest.raises(ValueError, match=r"must be \(3, 28, 28\)"):
+        encoder.encode([{"pixel_values": np.ones((3, 14, 14), np.float32)}])
+    texts = load(saved("bert"), "text", backend="torch", pooling="mean")
+    for length in (0, 49):
+        with pytest.raises(ValueError, match=r"of 1 to 48 tokens"):
+            texts.encode([{"input_ids": np.ones(length, np.int32)}])
+
+
+@with_torchax
+def test_auto_takes_pytorch_where_torchax_cannot(saved, monkeypatch):
+    from sotalign_jax.encoders import backends
+
+    def lacking(self, inputs):
+        raise NotImplementedError("no such operation\nat all")
+
+    folder = saved("bert")
+    assert load(folder, "text", pooling="mean").description.settings["backend"] == "torchax"
+    monkeypatch.setattr(backends.JaxBackend, "trace", lacking)
+    with pytest.raises(ValueError, match=r"^backend: torchax cannot trace .*no such operation\)"):
+        load(folder, "text", pooling="mean", backend="torchax")
+    with pytest.warns(UserWarning, match="PyTorch runs it instead"):
+        encoder = load(folder, "text", pooling="mean")
+    assert encoder.description.settings["backend"] == "torch"
+    exact = encode(load(folder, "text", pooling="mean", backend="torch"), TEXTS)
+    np.testing.assert_array_equal(encode(encoder, TEXTS), exact)
+
+
+def test_missing_extras_are_named(saved, monkeypatch):
+    from sotalign_jax.encoders import extras
+
+    real = extras.importlib.import_module
+
+    def without(*names):
+        def find(module):
+            if module in names:
+                raise ModuleNotFoundError(f"No module named {module!r}")
+            return real(module)
+
+        return find
+
+    folder = saved("bert")
+    monkeypatch.setattr(extras.importlib, "import_module", without("torchax"))
+    with pytest.raises(ImportError, match=r"^backend='torchax': .*sotalign-jax\[torchax\]"):
+        load(folder, "text", pooling="mean", backend="torchax")
+    assert load(folder, "text", pooling="mean").description.settings["backend"] == "torch"
+    for missing, message in (
+        ("torch", r"^backend: install the extra, sotalign-jax\[encoders\]"),
+        ("transformers", r"^name: .*sotalign-jax\[encoders\]"),
+    ):
+        monkeypatch.setattr(extras.importlib, "import_module", without(missing))
+        with pytest.raises(ImportError, match=message):
+            load(folder, "text", pooling="mean", backend="torch" if missing != "torch" else "auto")
+
+
+@with_torchax
+def test_the_users_own_torch_stays_as_it_was(saved):
+    encode(load(saved("siglip"), "text", backend="torchax"), TEXTS)
+    assert torch.backends.mha.get_fastpath_enabled()
+    x = torch.ones(2) + torch.arange(2)
+    assert type(x) is torch.Tensor and x.device.type == "cpu"
+    import torchax
+
+    assert not torchax.default_env().enabled
+
+
+def test_a_workers_imports_are_few(saved, tmp_path):
+    preprocess = load(saved("bert"), "text", backend="torch", pooling="mean").preprocess
+    (tmp_path / "preprocess").write_bytes(pickle.dumps(preprocess))
+    code = (
+        "import pickle, sys; sys.path.insert(0, sys.argv[2]); "
+        "f = pickle.load(open(sys.argv[1], 'rb')); "
+        "print(f('a cat')['input_ids'].tolist(), 'jax' in sys.modules)"
+    )
+    arguments = [str(tmp_path / "preprocess"), str(pathlib.Path(sotalign_jax.__file__).parents[1])]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == f"{preprocess('a cat')['input_ids'].tolist()} False"
+
+
+REMOTE = """
+import torch
+from transformers import BertConfig, BertModel
+
+class OwnConfig(BertConfig):
+    model_type = "own"
+
+class OwnModel(BertModel):
+    config_class = OwnConfig
+
+    def forward(self, input_ids, attention_mask):
+        output = super().forward(input_ids=input_ids, attention_mask=attention_mask)
+        output["pooler_output"] = -output.last_hidden_state[:, 0]
+        return output
+"""
+
+
+def test_code_of_a_model_runs_only_where_it_is_trusted(saved, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
+    auto = {"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"}
+    folder = copy_of(saved("bert"), tmp_path, model_type="own", auto_map=auto)
+    (folder / "own.py").write_text(REMOTE)
+    with pytest.raises(ValueError, match=r"^trust_remote_code: .* comes with code of its own"):
+        load(folder, "text", backend="torch", pooling="model")
+    encoder = load(folder, "text", backend="torch", pooling="model", trust_remote_code=True)
+    wanted = hidden_of_texts(saved("bert"), "bert", TEXTS)
+    rows = torch.stack([-output.last_hidden_state[0, 0] for output, _ in wanted])
+    assert_close(encode(encoder, TEXTS), rows)
