@@ -13,6 +13,7 @@ from jaxtyping import Float32
 
 from sotalign_jax.encoders.backends import JaxBackend, TorchBackend, choose_backend, local_devices
 from sotalign_jax.encoders.base import Description, Encoder, Inputs, Preprocessor
+from sotalign_jax.encoders.packaged import PACKAGED, load_efficientnet_lite, packaged_path
 from sotalign_jax.encoders.presets import find_preset
 
 __all__ = ["Loaded", "Tower", "load_encoder"]
@@ -71,7 +72,8 @@ def load_encoder(
 
     Args:
         name: a preset (`presets.PRESETS`); a model of the hub, or a directory, in the layout of
-            transformers or sentence-transformers; ``timm:NAME``, a model of timm; or
+            transformers or sentence-transformers; ``timm:NAME``, a model of timm;
+            ``packaged:NAME``, a model that is a package (`packaged.PACKAGED`); or
             ``module:function``, your own (see `callables`).
         modality: ``"image"`` or ``"text"``: the items, and which tower of a model of two.
         pooling: how tokens become one row (`pooling.IMAGE_POOLINGS`, `pooling.TEXT_POOLINGS`), or
@@ -135,8 +137,6 @@ def load_encoder(
             raise ValueError(f"{option}: must be at least {least}, got {value}")
     if final_norm is not None and layer is None:
         raise ValueError("final_norm: is of a layer, and none is given; the last one has it")
-    preset = find_preset(name, modality)
-    own = preset is None and ":" in name and not Path(name).exists()
     of_models: dict[str, Any] = {
         "pooling": pooling,
         "layer": layer,
@@ -146,6 +146,15 @@ def load_encoder(
         "revision": revision,
         **of_texts,
     }
+    packaged = name.removeprefix("packaged:") if name.startswith("packaged:") else None
+    if packaged is not None and PACKAGED.get(packaged) != modality:
+        known = [f"packaged:{one}" for one, of in PACKAGED.items() if of == modality]
+        raise ValueError(f"name: {name} is none of the packaged {modality} encoders: {known[0]}")
+    shown = name
+    if packaged is not None and modality == "text":
+        name, packaged = str(packaged_path(packaged)), None
+    preset = find_preset(name, modality)
+    own = preset is None and packaged is None and ":" in name and not Path(name).exists()
     if own and not name.startswith("timm:"):
         for option, value in of_models.items():
             if value is not None:
@@ -159,14 +168,22 @@ def load_encoder(
         from sotalign_jax.encoders.timm_models import load_timm as load
     else:
         from sotalign_jax.encoders.transformers_models import load_transformers as load
-    loaded = load(
-        name.removeprefix("timm:") if own else name,
-        modality,
-        preset=preset,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        **of_models,
-    )
+    if packaged is not None:
+        normalize = of_models.pop("normalize")
+        loaded = load_efficientnet_lite(
+            packaged, modality, dtype=dtype, normalize=normalize, options=of_models
+        )
+    else:
+        loaded = load(
+            name.removeprefix("timm:") if own else name,
+            modality,
+            preset=preset,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            **of_models,
+        )
+    if shown != name:  # where it is installed does not matter
+        loaded = loaded._replace(name=shown, settings={**loaded.settings, "model": shown})
     return Tower(
         loaded,
         modality,
