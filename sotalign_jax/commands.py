@@ -53,6 +53,7 @@ USAGE = """sotalign: semi-supervised alignment of frozen image and text encoders
   sotalign export      --workdir=DIR --out=DIR [--format=torch|clip-retrieval]    for other tools
   sotalign import-sail FILE.pt --out=DIR                 heads that SAIL's code saved, as an aligner
   sotalign report      DIR [--out=FILE.html]    a page on a run, a comparison or a sweep
+  sotalign encode      --images=PATH|--texts=PATH --encoder=NAME --out=DIR    items to features
   sotalign inspect     PATH ...                          features, an aligner or a run, described
   sotalign data        list | describe NAME | captions NAME | prompts NAME    where data comes from
 

@@ -1,13 +1,24 @@
-"""How every floor writes files: under another name first, so that half of one is never seen."""
+"""How every floor writes files: under another name first, so that half of one is never seen; and
+how processes keep out of each other's way."""
 
 import contextlib
+import errno
+import functools
 import os
 import shutil
 import uuid
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-__all__ = ["check_absent", "flush_files", "new_directory", "replace_text", "replace_text_parts"]
+__all__ = [
+    "check_absent",
+    "flush_files",
+    "lock",
+    "new_directory",
+    "replace_text",
+    "replace_text_parts",
+]
 
 
 def replace_text(path: str | os.PathLike, text: str) -> None:
@@ -99,3 +110,47 @@ def check_absent(path: str | os.PathLike, name: str = "out") -> None:
     """Raises a ValueError that calls it ``name`` where something stands under a path."""
     if Path(path).exists():
         raise ValueError(f"{name}: {path} exists; give another directory or remove it")
+
+
+@contextlib.contextmanager
+def lock(path: Path, *, shared: bool = False) -> Iterator[bool]:
+    """Holds a lock file inside a ``with``; it ends with the process at the latest.
+
+    Args:
+        path: the file, made if absent.
+        shared: others may hold it shared at the same time.
+
+    Yields:
+        False where another process holds it. True on systems without such locks; of a disk without
+        them there is a warning.
+
+    Raises:
+        OSError: the file cannot be made, or the disk failed to lock it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        yield True
+        return
+    # For reading too: over NFS a shared lock needs it.
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP):
+                why = f"cannot be locked: {error.strerror}"
+                raise OSError(error.errno, why, str(path)) from error
+            _warn_of_no_locks()
+        yield True
+
+
+@functools.cache
+def _warn_of_no_locks() -> None:
+    warnings.warn(
+        "workdir: its disk has no file locks; start no two processes on the same work (of a sweep, "
+        "give each its own part by --shard; of an encoding, by --shards)",
+        stacklevel=2,
+    )

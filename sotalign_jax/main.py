@@ -5,7 +5,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sotalign_jax import commands, data_commands, interop_commands, sweep_commands
+from sotalign_jax import commands, data_commands, encode_commands, interop_commands, sweep_commands
 from sotalign_jax.config import explain
 from sotalign_jax.training.distributed import Preempted, left_to_first, quick_end
 
@@ -24,7 +24,7 @@ COMMANDS = {
     "fit-teacher": lambda: commands.fit_teacher(_needed(_CONFIG), _needed(_OUT)),
 }
 WORDS = {"inspect": commands.inspect, "report": lambda words: commands.report(words, _OUT.value)}
-WORDS |= data_commands.WORDS | interop_commands.WORDS | sweep_commands.WORDS
+WORDS |= data_commands.WORDS | encode_commands.WORDS | interop_commands.WORDS | sweep_commands.WORDS
 
 
 def _needed(flag):

@@ -17,7 +17,7 @@ import os
 import pathlib
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import ml_dtypes
@@ -576,7 +576,7 @@ def write_store(
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if rows_per_shard < 1:
         raise ValueError(f"rows_per_shard must be at least 1, got {rows_per_shard}")
-    _check_target(target, overwrite)
+    check_target(target, overwrite)
     blocks: Any = chunks
     if isinstance(chunks, FeatureTable):
         ids = chunks.ids if ids is None else ids
@@ -610,14 +610,15 @@ def write_store(
         )
         (partial / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         flush_files(partial)
-        _move_into_place(partial, target, overwrite)
+        move_into_place(partial, target, overwrite)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return open_store(target)
 
 
-def _check_target(target: pathlib.Path, overwrite: bool) -> None:
+def check_target(target: pathlib.Path, overwrite: bool) -> None:
+    """Raises a ValueError where a store may not be written: see `write_store`."""
     if not target.exists():
         return
     if not overwrite:
@@ -626,8 +627,9 @@ def _check_target(target: pathlib.Path, overwrite: bool) -> None:
         raise ValueError(f"directory: {target} is not a feature store, so overwrite leaves it")
 
 
-def _move_into_place(partial: pathlib.Path, target: pathlib.Path, overwrite: bool) -> None:
-    _check_target(target, overwrite)
+def move_into_place(partial: pathlib.Path, target: pathlib.Path, overwrite: bool) -> None:
+    """Gives a store that is whole its name."""
+    check_target(target, overwrite)
     if not target.exists():
         os.replace(partial, target)
         return
@@ -643,12 +645,50 @@ def _move_into_place(partial: pathlib.Path, target: pathlib.Path, overwrite: boo
     shutil.rmtree(old)
 
 
+class ShardWriter:
+    """One ``.npy`` file of rows that are written as they come; how many is filled in at the end.
+
+    Args:
+        path: the file.
+        dim: columns.
+        dtype: of the store, one of `DTYPES`.
+    """
+
+    def __init__(self, path: pathlib.Path, dim: int, dtype: np.dtype):
+        self.path, self.rows = path, 0
+        self._dim, self._dtype = dim, _stored(dtype)
+        self._file = open(path, "wb")  # noqa: SIM115
+        self._write_header()
+
+    def write(self, rows: np.ndarray) -> None:
+        """Appends rows, as `cast_rows` gives them."""
+        self._file.write(np.ascontiguousarray(rows).data)
+        self.rows += len(rows)
+
+    def close(self) -> None:
+        """Completes the file."""
+        self._file.seek(0)
+        self._write_header()
+        self._file.close()
+
+    def abandon(self) -> None:
+        """Lets go of the file, whatever is in it."""
+        self._file.close()
+
+    def _write_header(self) -> None:
+        # NumPy pads the header so that the number of rows can be rewritten in place.
+        shape = (self.rows, self._dim)
+        header = {"descr": self._dtype.str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+
 def _write_shards(
     directory: pathlib.Path, chunks: Iterable, dtype: np.dtype, rows_per_shard: int
 ) -> tuple[tuple[tuple[str, int], ...], int]:
     """Writes chunks to numbered shards; returns (file, rows) of each, and the dim."""
     shards: list[tuple[str, int]] = []
-    dim, done, file, filled = None, 0, None, 0
+    dim, done = None, 0
+    shard: ShardWriter | None = None
     try:
         for number, chunk in enumerate(chunks):
             array = np.asarray(chunk)
@@ -657,49 +697,51 @@ def _write_shards(
                 dim = array.shape[1]
             if array.shape[1] != dim:
                 raise ValueError(f"chunk {number}: dim is {array.shape[1]}, chunk 0 has {dim}")
-            array = _cast(array, dtype, done)
+            array = cast_rows(array, dtype, lambda row, done=done: f"chunks: row {done + row}")
             done += len(array)
             while len(array):
-                if file is None:
-                    name, filled = f"features-{len(shards):05d}.npy", 0
-                    file = open(directory / name, "wb")  # noqa: SIM115
-                    _write_header(file, 0, dim, array.dtype)
-                part, array = np.split(array, [rows_per_shard - filled])
-                file.write(np.ascontiguousarray(part).data)
-                filled += len(part)
-                if filled == rows_per_shard:
-                    shards.append(_close_shard(file, filled, dim, part.dtype))
-                    file = None
+                if shard is None:
+                    shard = ShardWriter(directory / shard_name(len(shards)), dim, dtype)
+                part, array = np.split(array, [rows_per_shard - shard.rows])
+                shard.write(part)
+                if shard.rows == rows_per_shard:
+                    shard.close()
+                    shards.append((shard.path.name, shard.rows))
+                    shard = None
         if dim is None or not done:
             raise ValueError("chunks: no rows to write")
-        if file is not None:
-            shards.append(_close_shard(file, filled, dim, _stored(dtype)))
-            file = None
+        if shard is not None:
+            shard.close()
+            shards.append((shard.path.name, shard.rows))
     finally:
-        if file is not None:
-            file.close()
+        if shard is not None:
+            shard.abandon()
     return tuple(shards), dim
+
+
+def shard_name(number: int) -> str:
+    """The file of a shard."""
+    return f"features-{number:05d}.npy"
 
 
 def _stored(dtype: np.dtype) -> np.dtype:
     return np.dtype(np.uint16) if dtype == BFLOAT16 else dtype
 
 
-def _write_header(file, rows: int, dim: int, dtype: np.dtype) -> None:
-    # NumPy pads the header so that the number of rows can be rewritten in place.
-    header = {"descr": dtype.str, "fortran_order": False, "shape": (rows, dim)}
-    np.lib.format.write_array_header_1_0(file, header)
+def cast_rows(array: np.ndarray, dtype: np.dtype, where: Callable[[int], str]) -> np.ndarray:
+    """Rows in the number format of a store, bfloat16 as uint16.
 
+    Args:
+        array: ``(n, dim)``.
+        dtype: one of `DTYPES`.
+        where: what to call row i in the message.
 
-def _close_shard(file, rows: int, dim: int, dtype: np.dtype) -> tuple[str, int]:
-    file.seek(0)
-    _write_header(file, rows, dim, dtype)
-    file.close()
-    return pathlib.Path(file.name).name, rows
+    Returns:
+        ``(n, dim)``.
 
-
-def _cast(array: np.ndarray, dtype: np.dtype, first_row: int) -> np.ndarray:
-    """The chunk in the store's dtype (bfloat16 as uint16), or an error where a value overflows."""
+    Raises:
+        ValueError: a value is too large for ``dtype``.
+    """
     limit = float(ml_dtypes.finfo(dtype).max)
     size = np.abs(array, dtype=np.float64 if array.dtype == np.float64 else np.float32)
     over = ((size > limit) & np.isfinite(size)).any(axis=1)
@@ -708,7 +750,7 @@ def _cast(array: np.ndarray, dtype: np.dtype, first_row: int) -> np.ndarray:
         larger = "bfloat16 or float32" if dtype == np.float16 else "float32"
         hint = f"; store as {larger}" if dtype != np.float32 else ""
         raise ValueError(
-            f"chunks: row {first_row + row} holds a value of size {size[row].max():.6g}, "
+            f"{where(row)} holds a value of size {size[row].max():.6g}, "
             f"{dtype.name} ends at {limit:.6g}{hint}"
         )
     cast = array.astype(dtype)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import functools
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -21,7 +18,7 @@ import jax
 
 import sotalign_jax
 from sotalign_jax.config import ConfigError, differences
-from sotalign_jax.files import replace_text
+from sotalign_jax.files import lock, replace_text
 from sotalign_jax.training.distributed import together
 
 __all__ = ["NO_MATTER", "InUse", "Workdir", "lock", "provenance", "read_json", "write_json"]
@@ -46,50 +43,6 @@ NO_MATTER = ("compare.", "metrics.", "mesh.")
 
 class InUse(ConfigError):
     """Another process is at work in the directory."""
-
-
-@contextlib.contextmanager
-def lock(path: Path, *, shared: bool = False) -> Iterator[bool]:
-    """Holds a lock file inside a ``with``; it ends with the process at the latest.
-
-    Args:
-        path: the file, made if absent.
-        shared: others may hold it shared at the same time.
-
-    Yields:
-        False where another process holds it. True on systems without such locks; of a disk without
-        them there is a warning.
-
-    Raises:
-        OSError: the file cannot be made, or the disk failed to lock it.
-    """
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system
-        yield True
-        return
-    # For reading too: over NFS a shared lock needs it.
-    with open(path, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP):
-                why = f"cannot be locked: {error.strerror}"
-                raise OSError(error.errno, why, str(path)) from error
-            _warn_of_no_locks()
-        yield True
-
-
-@functools.cache
-def _warn_of_no_locks() -> None:
-    warnings.warn(
-        "workdir: its disk has no file locks; start no two processes on the same runs (of a sweep, "
-        "give each its own part by --shard)",
-        stacklevel=2,
-    )
 
 
 class Workdir:

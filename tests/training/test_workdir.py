@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from sotalign_jax import files
 from sotalign_jax.training import workdir
 
 
@@ -30,7 +31,7 @@ def test_the_file_of_a_lock_is_open_for_reading_and_writing(shared, monkeypatch,
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP])
 def test_a_disk_without_locks_is_warned_of_once(number, monkeypatch, tmp_path):
-    workdir._warn_of_no_locks.cache_clear()
+    files._warn_of_no_locks.cache_clear()
     monkeypatch.setattr(fcntl, "flock", refusing(number))
     with (
         pytest.warns(UserWarning, match="its disk has no file locks; .* by --shard"),

@@ -1,0 +1,187 @@
+"""What ``sotalign encode`` does, and its flags."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from absl import flags
+from rich.console import Console
+
+from sotalign_jax import encoders
+from sotalign_jax.encoders.extract import Interrupted, Progress, Summary, extract
+from sotalign_jax.encoders.sources import KINDS, Columns, Source, open_source
+from sotalign_jax.features.store import DTYPES
+from sotalign_jax.training.metrics import ProgressBar, make_console
+
+__all__ = ["WORDS", "encode"]
+
+_IMAGES = flags.DEFINE_string("images", None, "Folder, table, archives or data set of images.")
+_TEXTS = flags.DEFINE_string("texts", None, "Table, text file, archives or data set of captions.")
+_ENCODER = flags.DEFINE_string("encoder", None, "Name, path or MODULE:FUNCTION of an encoder.")
+_OPTION = flags.DEFINE_multi_string("option", [], "NAME=VALUE, an option of the encoder.")
+_DTYPE = flags.DEFINE_enum("dtype", "float16", list(DTYPES), "Number format of the features.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Items that are encoded at once.")
+_WORKERS = flags.DEFINE_integer("workers", None, "Processes that decode and preprocess.")
+_ROWS_PER_SHARD = flags.DEFINE_integer("rows_per_shard", 65_536, "Rows of a part of the work.")
+_SHARDS = flags.DEFINE_string("shards", None, "a:b, the parts a .. b-1, of several processes.")
+_KIND = flags.DEFINE_enum("kind", None, KINDS, "What --images or --texts is; else it is found.")
+_COLUMN = flags.DEFINE_multi_string("column", [], "id:NAME, image:NAME or caption:NAME.")
+_SPLIT = flags.DEFINE_string("split", None, "Of a data set that has several.")
+_LICENCE = flags.DEFINE_string("licence", "", "Of the images or texts, for the manifest.")
+
+_LEFT = 75  # EX_TEMPFAIL of sysexits.h
+# A share of items left out that is said aloud.
+_LOUD = 0.01
+
+
+def encode(words: Sequence[str], console: Console | None = None) -> int:
+    """The command by its flags; the exit status."""
+    if words:
+        raise ValueError(f"{words[0]}: unexpected; flags are written --name=value")
+    images, texts, out = _IMAGES.value, _TEXTS.value, flags.FLAGS.out
+    if (images is None) == (texts is None):
+        raise ValueError("--images, --texts: give one of them")
+    if _ENCODER.value is None or out is None:
+        raise ValueError(f"--{'encoder' if out else 'out'}: this command needs it")
+    console = console or make_console()
+    modality = "text" if images is None else "image"
+    source = open_source(
+        images or texts or "",
+        modality,
+        kind=_KIND.value,
+        columns=_columns(_COLUMN.value),
+        split=_SPLIT.value,
+        rows_per_shard=_ROWS_PER_SHARD.value,
+    )
+    shards = _range(_SHARDS.value)
+    encoder = load(_ENCODER.value, modality, **_options(_OPTION.value))
+    try:
+        with _progress(console, source, shards) as progress:
+            summary = extract(
+                source,
+                encoder,
+                out,
+                dtype=_DTYPE.value,
+                batch_size=_BATCH_SIZE.value,
+                workers=_WORKERS.value,
+                shards=shards,
+                licence=_LICENCE.value,
+                progress=progress,
+            )
+    except Interrupted as stop:
+        _say(console, f"sotalign encode: {stop}")
+        return _LEFT
+    except KeyboardInterrupt:
+        _say(console, "sotalign encode: stopped; the same command goes on")
+        return _LEFT
+    tell(console, summary, modality)
+    return 0
+
+
+def load(name: str, modality: str, **options: Any) -> encoders.Encoder:
+    """The encoder of that name."""
+    loader = getattr(encoders, "load_encoder", None)
+    if loader is None:
+        from sotalign_jax.encoders.callables import load_callable as loader
+    return loader(name, modality, **options)
+
+
+def tell(console: Console, summary: Summary, modality: str) -> None:
+    """Say what was written, what was left out, and where the list is."""
+    if summary.parts_left:
+        done = f"{summary.rows:,} rows so far"
+        _say(console, f"{summary.parts_left} parts are left, {done}; the same command goes on")
+        return
+    if not summary.complete:
+        _say(console, "all parts are done; another process is putting the store together")
+        return
+    skipped = sum(summary.skipped.values())
+    _say(
+        console,
+        f"{summary.rows:,} {modality} rows, {summary.dim:,} columns, {skipped:,} items left out: "
+        f"{summary.out}",
+    )
+    for reason, count in sorted(summary.skipped.items(), key=lambda item: -item[1]):
+        _say(console, f"  left out: {count:,} {reason}")
+    if skipped:
+        listed = summary.out.with_name(f"{summary.out.name}.skipped.jsonl")
+        _say(console, f"  each with its reason in {listed}")
+    share = skipped / (skipped + summary.rows)
+    if share > _LOUD:
+        _say(console, f"WARNING: {100 * share:.1f}% of the items were left out")
+
+
+@contextmanager
+def _progress(console: Console, source: Source, shards: tuple[int, int] | None) -> Iterator[Any]:
+    """A bar of records, or of parts where nobody knows how many records there are."""
+    parts = range(*(shards or (0, len(source.parts))))
+    counts = [source.rows(part) for part in parts if part < len(source.parts)]
+    known = [count for count in counts if count is not None]
+    by_rows = len(known) == len(counts)
+    total = sum(known) if by_rows else len(counts)
+    unit = f"{source.modality}s" if by_rows else "parts"
+    bar = ProgressBar(console, total, 0, unit=unit)
+    started, shown, before = time.monotonic(), -1, None
+
+    def show(progress: Progress) -> None:
+        nonlocal shown, before
+        if before is None:
+            before = progress.records
+        if progress.records == before:
+            return
+        at = progress.records if by_rows else progress.parts
+        if at == shown and not console.is_terminal:
+            return
+        shown = at
+        rate = (progress.records - before) / max(time.monotonic() - started, 1e-9)
+        bar.update(at, {"time/rows_per_second": rate})
+
+    try:
+        yield show
+    finally:
+        bar.close()
+
+
+def _columns(given: Sequence[str]) -> Columns:
+    found: dict[str, str] = {}
+    for one in given:
+        role, colon, name = one.partition(":")
+        if role not in ("id", "image", "caption") or not colon or not name:
+            raise ValueError(f"--column: must be id:NAME, image:NAME or caption:NAME, got {one!r}")
+        if role in found:
+            raise ValueError(f"--column: gives {role} twice")
+        found[role] = name
+    return Columns(**found)
+
+
+def _options(given: Sequence[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for one in given:
+        name, equals, value = one.partition("=")
+        if not name or not equals:
+            raise ValueError(f"--option: must be NAME=VALUE, got {one!r}")
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+    return found
+
+
+def _range(given: str | None) -> tuple[int, int] | None:
+    if given is None:
+        return None
+    first, colon, last = given.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal()):
+        raise ValueError(f"--shards: must be a:b, as in 0:8, got {given!r}")
+    return int(first), int(last)
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+WORDS = {"encode": encode}

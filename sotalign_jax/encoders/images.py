@@ -1,0 +1,98 @@
+"""Files of images to RGB."""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["MAX_PIXELS", "decode"]
+
+# Pillow's own line between a large image and a bomb; it warns above, and refuses at twice as many.
+MAX_PIXELS = 89_478_485
+_SIXTEEN_BITS = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+
+
+def decode(data: bytes) -> Image.Image:
+    """An image as the field's loaders see it, which is what encoders were trained on.
+
+    * The alpha channel is dropped, not blended: a transparent pixel has the colour that the file
+      gives it, often black. Of palettes with transparency likewise.
+    * Grey becomes three equal channels; of 16 bits a channel the upper 8 are kept (Pillow alone
+      would cut all that is brighter than 255 to white).
+    * CMYK and YCbCr are converted by Pillow's formulas; colour profiles are ignored.
+    * The orientation of EXIF is applied: the image is as people see it.
+    * Of an animation the first frame is taken.
+
+    Args:
+        data: a file in any format that Pillow reads.
+
+    Returns:
+        The image in mode RGB.
+
+    Raises:
+        ValueError: no image, a truncated or corrupt one, one of more than `MAX_PIXELS`, or one of
+            floating point numbers; begins with the kind of problem, then a colon.
+        ImportError: Pillow is not installed.
+    """
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise ImportError(
+            "images: install Pillow, as the extra sotalign-jax[encoders] does"
+        ) from error
+    if not data:
+        raise ValueError("not an image: 0 bytes")
+    bombs = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+    try:
+        image = Image.open(io.BytesIO(data))
+    except Image.UnidentifiedImageError:
+        raise ValueError(f"not an image: no known format ({len(data)} bytes)") from None
+    except bombs:
+        raise ValueError(f"too large: more than {MAX_PIXELS} pixels") from None
+    except Exception as error:  # each of its parsers has its own
+        raise ValueError(f"broken image: {_said(error)}") from None
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"too large: more than {MAX_PIXELS} pixels")
+    if image.mode == "F":
+        raise ValueError("not an image: floating point numbers, whose range is not known")
+    try:
+        image.load()
+        rgb = _rgb(image)
+    except (MemoryError, KeyboardInterrupt):
+        raise
+    except bombs:
+        raise ValueError(f"too large: more than {MAX_PIXELS} pixels") from None
+    except Exception as error:
+        raise ValueError(f"broken image: {_said(error)}") from None
+    try:
+        return ImageOps.exif_transpose(rgb)
+    except Exception:  # EXIF that cannot be read says nothing
+        return rgb
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    from PIL import Image
+
+    if image.mode in _SIXTEEN_BITS:
+        values = np.asarray(image).astype(np.int64)
+        upper = (np.clip(values, 0, 65535) >> 8).astype(np.uint8)
+        grey = Image.fromarray(upper)
+        grey.info, exif = image.info, image.getexif()
+        grey.getexif().update(exif)
+        return grey.convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # Pillow warns of the direct way
+    return image.convert("RGB")
+
+
+def _said(error: Exception) -> str:
+    """An error's message without addresses of objects, so that each run says the same."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return re.sub(r"<[^<>]* at 0x[0-9a-fA-F]+>", "the file", text)[:200]
