@@ -34,6 +34,7 @@ _SPLIT = flags.DEFINE_string("split", None, "Of a data set that has several.")
 _LICENCE = flags.DEFINE_string("licence", "", "Of the images or texts, for the manifest.")
 
 _LEFT = 75  # EX_TEMPFAIL of sysexits.h
+_CTRL_C = 130  # as shells say it
 # A share of items left out that is said aloud.
 _LOUD = 0.01
 
@@ -77,7 +78,7 @@ def encode(words: Sequence[str], console: Console | None = None) -> int:
         return _LEFT
     except KeyboardInterrupt:
         _say(console, "sotalign encode: stopped; the same command goes on")
-        return _LEFT
+        return _CTRL_C
     tell(console, summary, modality)
     return 0
 

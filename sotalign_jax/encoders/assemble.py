@@ -26,7 +26,7 @@ from sotalign_jax.features.store import (
     move_into_place,
     shard_name,
 )
-from sotalign_jax.files import flush_files, replace_text
+from sotalign_jax.files import flush_files
 
 __all__ = ["assemble", "beside"]
 
@@ -77,9 +77,11 @@ def assemble(
     seen: set[str] = set()
     seconds, dims = 0.0, set()
     with (
-        _replacing(store / IDS) as ids,
-        _replacing(beside(out, "skipped.jsonl")) as skipped,
-        _replacing(beside(out, "captions.jsonl")) if text else contextlib.nullcontext() as captions,
+        _replacing(store / IDS, home) as ids,
+        _replacing(beside(out, "skipped.jsonl"), home) as skipped,
+        _replacing(beside(out, "captions.jsonl"), home)
+        if text
+        else contextlib.nullcontext() as captions,
     ):
         for number, name in enumerate(names):
             part, counts = home.part(number), home.summary(number)
@@ -137,7 +139,8 @@ def assemble(
         "skipped": dict(sorted(reasons.items())),
         "seconds": round(seconds, 3),
     }
-    replace_text(beside(out, "encode.json"), to_json(report))
+    with _replacing(beside(out, "encode.json"), home) as file:
+        file.write(to_json(report))
     flush_files(store)
     move_into_place(store, out, False)
     home.remove()
@@ -150,9 +153,9 @@ def kind_of_reason(reason: str) -> str:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[IO[str]]:
-    """A text file that takes its name once it is whole."""
-    partial = path.with_name(f".{path.name}.partial")
+def _replacing(path: Path, home: WorkingDirectory) -> Iterator[IO[str]]:
+    """A text file that takes its name once it is whole; until then it has another one."""
+    partial = home.path / f"{path.name}.partial"
     with open(partial, "w", encoding="utf-8") as file:
         yield file
         file.flush()

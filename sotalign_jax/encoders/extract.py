@@ -119,10 +119,10 @@ def extract(
     if not _is_done(home, target, settings):
         if not home.exists:
             _check_names_are_free(target, source.modality)
-        home.open(settings)
         count = default_workers(source.modality) if workers is None else workers
         run = _Run(home, source, encoder, dtype, batch_size, progress)
         with _sigterm_raises(), Workers(encoder.preprocess, source.modality, count) as pool:
+            home.open(settings)
             run.encode(pool, first, last)
         left = [n for n in range(len(source.parts)) if home.exists and not home.done(n)]
         if left:
@@ -191,8 +191,7 @@ def _is_done(home: WorkingDirectory, target: Path, settings: dict[str, Any]) -> 
     if not (target / MANIFEST).is_file() or not report.is_file():
         raise ValueError(f"out: {target} exists; give another out, or remove it")
     compare_settings(read_json(report).get("settings"), settings, str(target))
-    with contextlib.suppress(FileNotFoundError):
-        home.remove()
+    home.remove()
     return True
 
 
@@ -270,7 +269,8 @@ class _Run:
         finally:
             if writer is not None:
                 writer.abandon()
-            for held in self._locks.values():
+            for part, held in self._locks.items():
+                self._home.sweep_part(part)  # a signal may have come before there was a writer
                 held.close()
 
     def _encode_batch(self, writer: PartWriter, items: list[Prepared]) -> None:

@@ -13,6 +13,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import json
 import os
 import shutil
@@ -53,7 +55,7 @@ class WorkingDirectory:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self.exists:
             # It appears with its settings in it, so that of two processes one makes it.
-            made = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex[:8]}")
+            made = self._another_name()
             made.mkdir()
             try:
                 replace_text(made / "settings.json", to_json(settings))
@@ -82,11 +84,23 @@ class WorkingDirectory:
         """What `PartWriter` counted."""
         return read_json(self.part(number) / "part.json")
 
+    def sweep_part(self, number: int) -> None:
+        """Deletes what is left of a part that was not finished; for the holder of its lock."""
+        for left in self.path.glob(f".{self.part(number).name}.*"):
+            shutil.rmtree(left, ignore_errors=True)
+
     def remove(self) -> None:
-        """Deletes the directory: all at once as far as others can see."""
-        gone = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex[:8]}")
-        os.rename(self.path, gone)
-        shutil.rmtree(gone)
+        """Deletes the directory, all at once as far as others can see; and what kills left of it.
+
+        Nothing if there is none.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(self.path, self._another_name())
+        for gone in self.path.parent.glob(f"{glob.escape(self.path.name)}.{'[0-9a-f]' * 8}"):
+            shutil.rmtree(gone, ignore_errors=True)
+
+    def _another_name(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex[:8]}")
 
 
 class PartWriter:
@@ -102,8 +116,7 @@ class PartWriter:
 
     def __init__(self, home: WorkingDirectory, number: int, name: str, dtype: str, text: bool):
         self._target, self._name, self._dtype = home.part(number), name, DTYPES[dtype]
-        for left in home.path.glob(f".{self._target.name}.*"):  # of a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        home.sweep_part(number)
         self._made = self._target.with_name(f".{self._target.name}.{uuid.uuid4().hex[:8]}")
         self._made.mkdir()
         self._shard: ShardWriter | None = None

@@ -170,7 +170,13 @@ class _Reading:
 
 
 def expand(pattern: str) -> list[str]:
-    """The paths that braces stand for: ``a-{00..02}.tar`` is three, ``{a,b}.tar`` is two."""
+    """The paths that braces stand for: ``a-{00..02}.tar`` is three, ``{a,b}.tar`` is two.
+
+    Raises:
+        ValueError: braces inside of braces.
+    """
+    if re.search(r"\{[^}]*\{", pattern):
+        raise ValueError(f"{pattern}: braces inside of braces are not understood")
     match = re.search(r"\{([^{}]*)\}", pattern)
     if match is None:
         return [pattern]

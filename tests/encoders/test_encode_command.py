@@ -1,0 +1,161 @@
+"""``sotalign encode``: its flags, what it says, and the commands of its documentation."""
+
+import io
+import json
+import re
+import shlex
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from absl import flags
+from tiny_encoder import png
+
+from sotalign_jax import encode_commands, features, main
+
+DOCUMENT = Path(__file__).parents[2] / "docs/encode.md"
+FLAGS = [
+    *("images", "texts", "encoder", "option", "dtype", "batch_size", "workers", "rows_per_shard"),
+    *("shards", "kind", "column", "split", "licence", "out", "config", "workdir", "verbosity"),
+]
+
+
+@pytest.fixture
+def here(capsys, monkeypatch, tmp_path):
+    """The command in this process and in an empty directory: (exit status, output, errors)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        main.app, "run", lambda entry, flags_parser: sys.exit(entry(flags_parser(sys.argv)))
+    )
+
+    def call(*arguments):
+        flags.FLAGS.unparse_flags()
+        for name in FLAGS:
+            flags.FLAGS[name].unparse()
+        monkeypatch.setattr(sys, "argv", ["sotalign", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main.run()
+        out, err = capsys.readouterr()
+        return caught.value.code, out, err
+
+    return call
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", DOCUMENT.read_text(), re.M | re.S)
+
+
+def prepare(root):
+    """The files that the documentation speaks of."""
+    (root / "my_encoder.py").write_text(blocks("python")[0])
+    for folder in ("photos", "archives", "hub/data"):
+        (root / folder).mkdir(parents=True)
+    shop = []
+    for n in range(5):
+        (root / f"photos/{n}.png").write_bytes(png(n))
+        titles = [f"title {n}", f"other {n}"]
+        shop.append({"sku": n, "file": f"photos/{n}.png", "about": {"titles": titles}})
+    (root / "captions.csv").write_text(
+        "image,caption\n" + "".join(f"{n}.png,caption {n}\n" for n in range(5))
+    )
+    (root / "shop.jsonl").write_text("".join(json.dumps(row) + "\n" for row in shop))
+    table = pa.table({"text": ["a", "b"]})
+    for split in ("train", "test"):
+        pa.parquet.write_table(table, root / f"hub/data/{split}-00000-of-00001.parquet")
+    for n in range(2):
+        with tarfile.open(root / f"archives/data-{n:04d}.tar", "w") as archive:
+            info = tarfile.TarInfo(f"{n}.png")
+            info.size = len(png(n))
+            archive.addfile(info, io.BytesIO(png(n)))
+
+
+def test_the_commands_of_the_documentation(here, tmp_path):
+    prepare(tmp_path)
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    assert len(lines) == 9
+    said = {}
+    for line in lines:
+        command, *words = shlex.split(line)
+        assert command == "sotalign"
+        fast = ["--workers=0"] if words[0] == "encode" else []
+        status, out, err = here(*words, *fast)
+        assert (status, err) == (0, ""), err
+        said[words[-1].rpartition("/")[2] + words[-3][-3:]] = out
+    pairs = features.pair(
+        features.open_features("features/image"), features.open_features("features/text")
+    )
+    assert len(pairs.image) == len(pairs.text) == 5
+    pairs = features.pair(
+        features.open_features("features/shop_image"), features.open_features("features/shop_text")
+    )
+    np.testing.assert_array_equal(pairs.text_to_image, np.arange(10) // 2)
+    assert "1 parts are left, 4 rows so far; the same command goes on" in said["parts0:2"]
+    assert "5 text rows, 256 columns, 0 items left out: features/parts" in said["parts2:3"]
+    assert len(features.open_features("features/archives")) == 2
+    assert not list((tmp_path / "features").glob(".*"))
+
+
+def test_what_was_left_out_is_said(here, tmp_path):
+    (tmp_path / "my_encoder.py").write_text(blocks("python")[0])
+    (tmp_path / "t.txt").write_text("one\n\n\ntwo\n")
+    words = ["encode", "--texts=t.txt", "--encoder=my_encoder:text", "--out=o", "--workers=0"]
+    for _ in range(2):  # what is there already is said again
+        status, out, err = here(*words, "--dtype=float32", "--licence=CC0")
+        assert status == 0 and err == ""
+        assert "2 text rows, 256 columns, 2 items left out: o" in out
+        assert "left out: 2 empty caption" in out and "o.skipped.jsonl" in out
+        assert "WARNING: 50.0% of the items were left out" in out
+    assert features.open_store("o").manifest.licence == "CC0"
+    status, out, err = here(*words)
+    assert status == 2 and "dtype is 'float32' there and 'float16' now" in err
+
+
+def test_it_ends_as_interrupted(here, tmp_path, monkeypatch):
+    (tmp_path / "my_encoder.py").write_text(blocks("python")[0])
+    (tmp_path / "t.txt").write_text("one\n")
+    for error, expected in (
+        (encode_commands.Interrupted("stopped by SIGTERM; the same command goes on"), 75),
+        (KeyboardInterrupt(), 130),
+    ):
+
+        def stop(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr(encode_commands, "extract", stop)
+        words = ["--texts=t.txt", "--encoder=my_encoder:text", "--out=o"]
+        status, out, _ = here("encode", *words)
+        assert status == expected and "the same command goes on" in out
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        ([], "--images, --texts: give one of them"),
+        (["--images=a", "--texts=b"], "--images, --texts: give one of them"),
+        (["--texts=t.txt"], "--out: this command needs it"),
+        (["--texts=t.txt", "--out=o"], "--encoder: this command needs it"),
+        (["--texts=u.txt", "--out=o", "--encoder=e:f"], "u.txt: no such file or directory"),
+        (["--texts=t.txt", "--out=o", "--encoder=e:f"], "encoder: e cannot be imported"),
+        (["--texts=t.txt", "--out=o", "--encoder=e:f", "--shards=2"], "--shards: must be a:b"),
+        (
+            ["--texts=t.txt", "--out=o", "--encoder=e:f", "--column=x:y"],
+            "--column: must be id:NAME",
+        ),
+        (
+            ["--texts=t.txt", "--out=o", "--encoder=e:f", "--option=x"],
+            "--option: must be NAME=VALUE",
+        ),
+        (["--texts=t.txt", "--out=o", "--encoder=e:f", "--kind=xls"], "flag --kind=xls"),
+        (["--texts=t.txt", "--out=o", "--encoder=e:f", "--workers=a"], "flag --workers=a"),
+        (["t.txt"], "t.txt: unexpected; flags are written --name=value"),
+    ],
+)
+def test_words_that_are_refused(here, tmp_path, words, message):
+    (tmp_path / "t.txt").write_text("one\n")
+    status, _, err = here("encode", *words)
+    assert status == 2 and message in err and err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["t.txt"]
