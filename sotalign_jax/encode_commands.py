@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +14,8 @@ from typing import Any
 from absl import flags
 from rich.console import Console
 
-from sotalign_jax import encoders
+from sotalign_jax.encoders.base import Encoder
+from sotalign_jax.encoders.callables import load_callable
 from sotalign_jax.encoders.extract import Interrupted, Progress, Summary, extract
 from sotalign_jax.encoders.sources import KINDS, Columns, Source, open_source
 from sotalign_jax.features.store import DTYPES
@@ -24,7 +28,7 @@ _TEXTS = flags.DEFINE_string("texts", None, "Table, text file, archives or data 
 _ENCODER = flags.DEFINE_string("encoder", None, "Name, path or MODULE:FUNCTION of an encoder.")
 _OPTION = flags.DEFINE_multi_string("option", [], "NAME=VALUE, an option of the encoder.")
 _DTYPE = flags.DEFINE_enum("dtype", "float16", list(DTYPES), "Number format of the features.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Items that are encoded at once.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Items that are encoded at once.")
 _WORKERS = flags.DEFINE_integer("workers", None, "Processes that decode and preprocess.")
 _ROWS_PER_SHARD = flags.DEFINE_integer("rows_per_shard", 65_536, "Rows of a part of the work.")
 _SHARDS = flags.DEFINE_string("shards", None, "a:b, the parts a .. b-1, of several processes.")
@@ -33,6 +37,9 @@ _COLUMN = flags.DEFINE_multi_string("column", [], "id:NAME, image:NAME or captio
 _SPLIT = flags.DEFINE_string("split", None, "Of a data set that has several.")
 _LICENCE = flags.DEFINE_string("licence", "", "Of the images or texts, for the manifest.")
 
+_CALLABLE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+# Batches of texts that are sorted by length together.
+_TEXT_BATCHES = 16
 _LEFT = 75  # EX_TEMPFAIL of sysexits.h
 _CTRL_C = 130  # as shells say it
 # A share of items left out that is said aloud.
@@ -59,7 +66,8 @@ def encode(words: Sequence[str], console: Console | None = None) -> int:
         rows_per_shard=_ROWS_PER_SHARD.value,
     )
     shards = _range(_SHARDS.value)
-    encoder = load(_ENCODER.value, modality, **_options(_OPTION.value))
+    options = _options(_OPTION.value)
+    encoder, at_once = load(_ENCODER.value, modality, _BATCH_SIZE.value, options)
     try:
         with _progress(console, source, shards) as progress:
             summary = extract(
@@ -67,7 +75,7 @@ def encode(words: Sequence[str], console: Console | None = None) -> int:
                 encoder,
                 out,
                 dtype=_DTYPE.value,
-                batch_size=_BATCH_SIZE.value,
+                batch_size=at_once,
                 workers=_WORKERS.value,
                 shards=shards,
                 licence=_LICENCE.value,
@@ -83,12 +91,19 @@ def encode(words: Sequence[str], console: Console | None = None) -> int:
     return 0
 
 
-def load(name: str, modality: str, **options: Any) -> encoders.Encoder:
-    """The encoder of that name."""
-    loader = getattr(encoders, "load_encoder", None)
-    if loader is None:
-        from sotalign_jax.encoders.callables import load_callable as loader
-    return loader(name, modality, **options)
+def load(name: str, modality: str, batch_size: int, options: dict[str, Any]) -> tuple[Encoder, int]:
+    """The encoder of that name, and how many items to hand it at once."""
+    if _CALLABLE.fullmatch(name) and not name.startswith("timm:"):
+        return load_callable(name, modality, **options), batch_size
+    load_encoder = importlib.import_module("sotalign_jax.encoders.towers").load_encoder
+    options = {"batch_size": batch_size} | options
+    try:
+        inspect.signature(load_encoder).bind(name, modality, **options)
+    except TypeError as error:
+        raise ValueError(f"--option: {error}") from None
+    # It sorts texts by their length, so that those that it pads together need little of it.
+    at_once = batch_size * _TEXT_BATCHES if modality == "text" else batch_size
+    return load_encoder(name, modality, **options), at_once
 
 
 def tell(console: Console, summary: Summary, modality: str) -> None:

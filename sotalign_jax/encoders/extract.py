@@ -73,7 +73,7 @@ def extract(
     out: str | os.PathLike,
     *,
     dtype: str = "float16",
-    batch_size: int = 256,
+    batch_size: int = 64,
     workers: int | None = None,
     shards: tuple[int, int] | None = None,
     licence: str = "",
@@ -113,6 +113,8 @@ def extract(
     """
     started = time.monotonic()
     target = Path(out)
+    if "://" in os.fspath(out) or target.name in ("", ".."):
+        raise ValueError(f"out: {out} is not a name for a new directory on a mounted disk")
     first, last = _check(source, encoder, dtype, batch_size, shards)
     settings = _settings(source, encoder, dtype, batch_size)
     home = WorkingDirectory(target)

@@ -186,7 +186,8 @@ class PartWriter:
 
     def abandon(self) -> None:
         """Deletes what was written."""
-        self._close()
+        with contextlib.suppress(OSError):  # as on a disk that is full
+            self._close()
         shutil.rmtree(self._made, ignore_errors=True)
 
     def _close(self) -> None:

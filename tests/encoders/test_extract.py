@@ -1,10 +1,12 @@
 """Encoding into a store: what is written, what is left out, and the same after any interruption."""
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from pathlib import Path
@@ -133,6 +135,44 @@ def test_what_cannot_be_encoded_is_left_out_and_listed(tmp_path):
     seeds = (0, 2, 50, 6, 8)
     expected = tiny_encoder.image([tiny_encoder.colours(n) for n in seeds])
     np.testing.assert_array_equal(store.array(), expected.astype(np.float16).astype(np.float32))
+
+
+def test_duplicates_are_found_across_parts(tmp_path):
+    archives = [(0, 1, 2), (1, 2), (3, 1)]
+    for part, seeds in enumerate(archives):
+        with tarfile.open(tmp_path / f"{part}.tar", "w") as archive:
+            for seed in seeds:
+                for suffix, data in (("png", png(seed + 10 * part)), ("txt", b"caption")):
+                    info = tarfile.TarInfo(f"{seed}.{suffix}")
+                    info.size = len(data)
+                    archive.addfile(info, io.BytesIO(data))
+    run(f"{tmp_path}/*.tar", "image", tmp_path / "o", dtype="float32")
+    store = open_store(tmp_path / "o")
+    assert store.ids is not None and store.ids.tolist() == ["0", "1", "2", "3"]
+    assert store.manifest.shards == (("features-00000.npy", 3), ("features-00002.npy", 1))
+    expected = tiny_encoder.image([tiny_encoder.colours(seed) for seed in (0, 1, 2, 23)])
+    np.testing.assert_array_equal(store.array(), expected)
+    reason = "duplicate id"
+    assert skipped(tmp_path / "o") == [
+        *(("1", "1.tar", reason), ("2", "1.tar", reason), ("1", "2.tar", reason))
+    ]
+    # Several captions of an image are no duplicates.
+    assert run(f"{tmp_path}/*.tar", "text", tmp_path / "t").rows == 7
+
+
+def test_captions_stay_beside_their_rows(tmp_path):
+    (tmp_path / "t.txt").write_text("".join(f"caption {n}\n\n" for n in range(10)))
+
+    def with_holes(items):
+        return np.array([[float(item[-1]), np.inf if item[-1] == "4" else 0] for item in items])
+
+    run(tmp_path / "t.txt", "text", tmp_path / "o", function=with_holes)
+    store = open_store(tmp_path / "o")
+    rows = store.array()[:, 0].astype(int).tolist()
+    assert rows == [0, 1, 2, 3, 5, 6, 7, 8, 9]
+    found = read_captions(tmp_path / "o", store, range(9))
+    assert found == {row: f"caption {n}" for row, n in enumerate(rows)}
+    assert store.ids is not None and store.ids.tolist() == [str(2 * n) for n in rows]
 
 
 def test_parts_of_which_nothing_is_left(tmp_path):
@@ -318,6 +358,9 @@ def test_arguments_that_are_refused(tmp_path):
     (tmp_path / "o.skipped.jsonl").write_text("mine")
     with pytest.raises(ValueError, match=r"o\.skipped\.jsonl exists and would be replaced"):
         extract_to(open_source(folder, "image"), made, tmp_path / "o", workers=0, dtype="float32")
+    for name in ("gs://bucket/o", "", ".."):
+        with pytest.raises(ValueError, match="is not a name for a new directory"):
+            extract_to(source, made, name)
     out = tmp_path / "p"
     out.mkdir()
     with pytest.raises(ValueError, match="p exists; give another out"):

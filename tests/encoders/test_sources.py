@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -469,11 +470,26 @@ def test_data_sets_of_tfds(prepared):
         images(prepared, split="test", columns=Columns(image="caption"))
 
 
+def test_data_sets_that_are_not_array_records(prepared, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(prepared, copy)
+    (record,) = copy.glob("tiny-test.array_record*")
+    record.write_bytes(record.read_bytes()[:300])
+    with pytest.raises(ValueError, match="copy: row 0 cannot be read"):
+        texts(copy, split="test")
+    info = (copy / "dataset_info.json").read_text()
+    (copy / "dataset_info.json").write_text(info.replace("array_record", "tfrecord"))
+    with pytest.raises(ValueError, match=r"not stored as ArrayRecord, .*'array_record'"):
+        texts(copy, split="test")
+
+
 def test_data_sets_that_tfds_does_not_have(tmp_path):
     pytest.importorskip("tensorflow_datasets")
     with pytest.raises(ValueError, match="must be tfds:NAME"):
         texts("tfds:")
-    with pytest.raises(ValueError, match="tfds:no_such/train: tensorflow-datasets has no no_such"):
+    with pytest.raises(
+        ValueError, match="tfds:no_such/train: tensorflow-datasets cannot load no_such"
+    ):
         texts("tfds:no_such/train")
     with pytest.raises(ValueError, match="not a data set that tensorflow-datasets wrote"):
         texts(tmp_path, kind="tfds")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sotalign_jax.encoders.sources.base import Columns, fingerprint
+from sotalign_jax.encoders.sources.base import Columns
 from sotalign_jax.encoders.sources.rows import RowSource
 
 __all__ = ["TextFileSource"]
@@ -58,7 +59,7 @@ class TextFileSource(RowSource):
             names=names,
             paths=names,
             folder=self._path.parent,
-            contents=fingerprint([self._path.stat().st_size, *names]),
+            contents=_digest(self._path),
             columns=columns,
             rows_per_part=rows_per_part,
             lists=kind == "jsonl",
@@ -76,6 +77,11 @@ class TextFileSource(RowSource):
             file.seek(self._offsets[part])
             for _, (row, _) in zip(range(stop - start), self._reader(file), strict=False):
                 yield row
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def _open(path: Path, kind: str) -> tuple[tuple[str, ...], int, Reader]:

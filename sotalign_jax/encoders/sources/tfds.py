@@ -111,7 +111,8 @@ def _builder(tfds: Any, path: str) -> tuple[Any, str | None]:
         builder = tfds.builder(name)
     except Exception as error:
         raise ValueError(
-            f"{path}: tensorflow-datasets has no {name} ({_first_line(error)})"
+            f"{path}: tensorflow-datasets cannot load {name} ({_first_line(error)}); if it is "
+            "prepared, give the directory of its version, as in coco_captions/2014/1.1.0"
         ) from None
     if not builder.info.splits:
         raise ValueError(
