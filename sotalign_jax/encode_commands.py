@@ -35,6 +35,7 @@ _SHARDS = flags.DEFINE_string("shards", None, "a:b, the parts a .. b-1, of sever
 _KIND = flags.DEFINE_enum("kind", None, KINDS, "What --images or --texts is; else it is found.")
 _COLUMN = flags.DEFINE_multi_string("column", [], "id:NAME, image:NAME or caption:NAME.")
 _SPLIT = flags.DEFINE_string("split", None, "Of a data set that has several.")
+_QUOTED = flags.DEFINE_bool("quoted", True, "Whether fields of CSV and TSV may be quoted.")
 _LICENCE = flags.DEFINE_string("licence", "", "Of the images or texts, for the manifest.")
 
 _CALLABLE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
@@ -64,6 +65,7 @@ def encode(words: Sequence[str], console: Console | None = None) -> int:
         columns=_columns(_COLUMN.value),
         split=_SPLIT.value,
         rows_per_shard=_ROWS_PER_SHARD.value,
+        quoted=_QUOTED.value,
     )
     shards = _range(_SHARDS.value)
     options = _options(_OPTION.value)
@@ -97,10 +99,9 @@ def load(name: str, modality: str, batch_size: int, options: dict[str, Any]) -> 
         return load_callable(name, modality, **options), batch_size
     load_encoder = importlib.import_module("sotalign_jax.encoders.towers").load_encoder
     options = {"batch_size": batch_size} | options
-    try:
-        inspect.signature(load_encoder).bind(name, modality, **options)
-    except TypeError as error:
-        raise ValueError(f"--option: {error}") from None
+    known = [n for n in inspect.signature(load_encoder).parameters if n not in ("name", "modality")]
+    if unknown := [n for n in options if n not in known]:
+        raise ValueError(f"--option: there is no {unknown[0]!r}; there are {', '.join(known)}")
     # It sorts texts by their length, so that those that it pads together need little of it.
     at_once = batch_size * _TEXT_BATCHES if modality == "text" else batch_size
     return load_encoder(name, modality, **options), at_once

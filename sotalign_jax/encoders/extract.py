@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -119,18 +119,20 @@ def extract(
     settings = _settings(source, encoder, dtype, batch_size)
     home = WorkingDirectory(target)
     if not _is_done(home, target, settings):
-        if not home.exists:
-            _check_names_are_free(target, source.modality)
         count = default_workers(source.modality) if workers is None else workers
         run = _Run(home, source, encoder, dtype, batch_size, progress)
         with _sigterm_raises(), Workers(encoder.preprocess, source.modality, count) as pool:
+            if not home.exists and not _is_done(home, target, settings):
+                _check_names_are_free(target, source.modality)
             home.open(settings)
-            run.encode(pool, first, last)
-        left = [n for n in range(len(source.parts)) if home.exists and not home.done(n)]
-        if left:
-            counts = [home.summary(n) for n in range(len(source.parts)) if home.done(n)]
-            rows = sum(c["rows"] for c in counts)
-            dim = max((c["dim"] for c in counts), default=0)
+            # Another process may have put the store together since this one looked for it.
+            if not _is_done(home, target, settings):
+                run.encode(pool, first, last)
+        parts = range(len(source.parts))
+        left = [n for n in parts if not home.done(n)]
+        counts = _counts(home, parts)
+        if left and home.exists:
+            rows, dim = sum(c["rows"] for c in counts), max((c["dim"] for c in counts), default=0)
             seconds = time.monotonic() - started
             return Summary(target, False, len(left), rows, dim, {}, seconds)
         with _assembling(home) as mine:
@@ -197,6 +199,16 @@ def _is_done(home: WorkingDirectory, target: Path, settings: dict[str, Any]) -> 
     return True
 
 
+def _counts(home: WorkingDirectory, parts: Iterable[int]) -> list[dict[str, Any]]:
+    """Of the parts that are done; fewer if another process has just put the store together."""
+    found = []
+    for part in parts:
+        if home.done(part):
+            with contextlib.suppress(FileNotFoundError):
+                found.append(home.summary(part))
+    return found
+
+
 def _check_names_are_free(target: Path, modality: str) -> None:
     names = ["skipped.jsonl", "encode.json", *(["captions.jsonl"] if modality == "text" else [])]
     for path in (beside(target, name) for name in names):
@@ -244,7 +256,7 @@ class _Run:
         """Encodes the parts of the range that are neither done nor in another process's hands."""
         writer: PartWriter | None = None
         began = 0.0
-        before = [self._home.summary(n) for n in range(first, last) if self._home.done(n)]
+        before = _counts(self._home, range(first, last))
         parts, records = len(before), sum(part["rows"] + part["skipped"] for part in before)
         if self._progress is not None:
             self._progress(Progress(parts, records))
@@ -308,7 +320,7 @@ class _Run:
                 free = stack.enter_context(lock(self._home.lock(part)))
             except FileNotFoundError:  # all is done, and the directory gone
                 return False
-            if not free or self._home.done(part):
+            if not free or self._home.done(part) or not self._home.exists:
                 return False
             self._locks[part] = stack.pop_all()
         self._mine.add(part)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 from typing import TYPE_CHECKING
@@ -11,7 +12,12 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["MAX_PIXELS", "decode"]
+__all__ = ["FORMATS", "MAX_PIXELS", "decode"]
+
+FORMATS = (
+    *("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF"),
+    *("ICO", "TGA"),
+)
 
 # Pillow's own line between a large image and a bomb; it warns above, and refuses at twice as many.
 MAX_PIXELS = 89_478_485
@@ -30,7 +36,7 @@ def decode(data: bytes) -> Image.Image:
     * Of an animation the first frame is taken.
 
     Args:
-        data: a file in any format that Pillow reads.
+        data: a file in one of `FORMATS`. Pillow reads more, some by starting other programs.
 
     Returns:
         The image in mode RGB.
@@ -50,7 +56,7 @@ def decode(data: bytes) -> Image.Image:
         raise ValueError("not an image: 0 bytes")
     bombs = (Image.DecompressionBombError, Image.DecompressionBombWarning)
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=_formats())
     except Image.UnidentifiedImageError:
         raise ValueError(f"not an image: no known format ({len(data)} bytes)") from None
     except bombs:
@@ -75,6 +81,15 @@ def decode(data: bytes) -> Image.Image:
         return ImageOps.exif_transpose(rgb)
     except Exception:  # EXIF that cannot be read says nothing
         return rgb
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Of `FORMATS` those that this build of Pillow has."""
+    from PIL import Image
+
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

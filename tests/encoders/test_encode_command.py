@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 import tarfile
+import types
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,25 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from absl import flags
-from tiny_encoder import png
+from tiny_encoder import encoder, png
 
 from sotalign_jax import encode_commands, features, main
 
 DOCUMENT = Path(__file__).parents[2] / "docs/encode.md"
 FLAGS = [
     *("images", "texts", "encoder", "option", "dtype", "batch_size", "workers", "rows_per_shard"),
-    *("shards", "kind", "column", "split", "licence", "out", "config", "workdir", "verbosity"),
+    *(
+        "shards",
+        "kind",
+        "column",
+        "split",
+        "quoted",
+        "licence",
+        "out",
+        "config",
+        "workdir",
+        "verbosity",
+    ),
 ]
 
 
@@ -112,6 +124,27 @@ def test_what_was_left_out_is_said(here, tmp_path):
     assert features.open_store("o").manifest.licence == "CC0"
     status, out, err = here(*words)
     assert status == 2 and "dtype is 'float32' there and 'float16' now" in err
+
+
+def test_named_encoders_get_options_and_texts_in_groups(here, tmp_path, monkeypatch):
+    given = []
+
+    def load_encoder(name, modality, *, batch_size=1, pooling="cls"):
+        given.append((name, modality, batch_size, pooling))
+        return encoder(modality)
+
+    towers = types.SimpleNamespace(load_encoder=load_encoder)
+    monkeypatch.setitem(sys.modules, "sotalign_jax.encoders.towers", towers)
+    (tmp_path / "t.txt").write_text("one\n")
+    words = ["encode", "--texts=t.txt", "--encoder=some/model", "--workers=0", "--batch_size=8"]
+    status, _, err = here(*words, "--out=o", "--option=poling=mean")
+    assert status == 2 and "--option: there is no 'poling'; there are batch_size, pooling" in err
+    status, _, err = here(*words, "--out=o", "--option=pooling=mean")
+    assert (status, err) == (0, "")
+    here(*words, "--out=p", "--option=batch_size=3")
+    assert given == [("some/model", "text", 8, "mean"), ("some/model", "text", 3, "cls")]
+    settings = json.loads((tmp_path / "o.encode.json").read_text())["settings"]
+    assert settings["batch_size"] == 8 * 16
 
 
 def test_it_ends_as_interrupted(here, tmp_path, monkeypatch):

@@ -543,3 +543,12 @@ def test_what_fails_in_the_thread_fails_in_the_reader():
         assert next(ahead) == 1
         with pytest.raises(OSError, match="disk"):
             next(ahead)
+
+
+def test_workers_import_nothing_heavy():
+    code = (
+        "import sys, sotalign_jax.__main__, sotalign_jax.encoders.extract\n"
+        "heavy = 'jax torch transformers tensorflow_datasets pyarrow absl PIL'.split()\n"
+        "sys.exit(', '.join(name for name in heavy if name in sys.modules) or 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

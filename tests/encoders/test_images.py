@@ -74,6 +74,7 @@ def test_of_an_animation_the_first_frame():
 def test_what_is_no_image():
     for data, reason in (
         (b"", "not an image: 0 bytes"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 5 5\n", "not an image: no known format"),
         (b"<html>", r"not an image: no known format \(6 bytes\)"),
         (b"\x89PNG\r\n\x1a\n", "not an image|broken image: "),
         (file_of(Image.fromarray(np.ones((2, 2), np.float32)), "TIFF"), "not an image: floating"),

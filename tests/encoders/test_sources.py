@@ -49,6 +49,8 @@ def test_a_folder_has_its_images_in_the_order_of_their_paths(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     found = images(tmp_path)
+    assert images(f"{tmp_path}/") == found
+    assert open_source(f"{tmp_path}/", "image").settings()["path"] == str(tmp_path)
     assert found == [
         ("a", tmp_path / "a.jpg"),
         ("b/10", tmp_path / "b/10.png"),
@@ -97,6 +99,14 @@ def test_csv_with_all_that_fields_may_hold(tmp_path):
         assert items(source) == expected
         assert [r.id for r in source.read(len(source.parts) - 1)][-1] == "6.tar"
     assert images(table)[0] == ("a/1", tmp_path / "a/1.jpg")
+
+
+def test_quotes_that_are_characters(tmp_path):
+    (tmp_path / "t.tsv").write_text('caption\n"one" and two\n"three\n')
+    with pytest.raises(ValueError, match=r"not written as TSV .*--noquoted takes them as they are"):
+        texts(tmp_path / "t.tsv")
+    expected = [("0", '"one" and two'), ("1", '"three')]
+    assert texts(tmp_path / "t.tsv", quoted=False) == expected
 
 
 def test_the_id_is_a_column_or_the_path_of_the_image_or_the_row(tmp_path):

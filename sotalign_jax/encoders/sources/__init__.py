@@ -38,6 +38,7 @@ def open_source(
     columns: Columns = _USUAL,
     split: str | None = None,
     rows_per_shard: int = ROWS_PER_PART,
+    quoted: bool = True,
 ) -> Source:
     """Opens images or texts; see `docs/encode.md` for what each kind is.
 
@@ -49,6 +50,9 @@ def open_source(
         split: of data sets that have several.
         rows_per_shard: rows of a part, for all kinds but archives, of which each is a part.
 
+        quoted: of CSV and TSV: whether a double quote at the start of a field begins one that may
+            hold separators and line breaks; else it is a character like others.
+
     Returns:
         The source.
 
@@ -58,6 +62,7 @@ def open_source(
         ImportError: a library that this kind needs is not installed.
     """
     path = os.fspath(path)
+    path = path.rstrip("/") or path  # with and without, it is the same source
     if modality not in MODALITIES:
         raise ValueError(f"modality must be 'image' or 'text', got {modality!r}")
     if kind is None:
@@ -84,7 +89,7 @@ def open_source(
     if kind == "saved":
         folder = arrow.saved_split(there, split)
         return arrow.SavedDatasetSource(path, modality, folder, columns, rows_per_shard)
-    return TextFileSource(path, kind, modality, columns, rows_per_shard)
+    return TextFileSource(path, kind, modality, columns, rows_per_shard, quoted)
 
 
 def kind_of(path: str, modality: str) -> str:

@@ -22,8 +22,9 @@ class TextFileSource(RowSource):
     """A text file, UTF-8 with or without a byte order mark.
 
     ``csv`` and ``tsv`` have a header; a field in double quotes may hold quotes (doubled), line
-    breaks and separators. ``jsonl`` has an object a line. ``lines`` has a caption a line, whose id
-    is its number, from 0; an empty line is an empty caption.
+    breaks and separators. ``jsonl`` has an object a line, of which the first says what columns
+    there are. ``lines`` has a caption a line, whose id is its number, from 0; an empty line is an
+    empty caption.
 
     Opening it goes through it once, so that any part can be read without those before it.
 
@@ -33,18 +34,28 @@ class TextFileSource(RowSource):
         modality: ``"image"`` or ``"text"``.
         columns: what they are called.
         rows_per_part: rows of each part but the last.
+        quoted: whether double quotes at the start of a field of ``csv`` or ``tsv`` mean more than
+            themselves.
 
     Raises:
         ValueError: a column is missing, or quotes that do not close.
     """
 
-    def __init__(self, path: str, kind: str, modality: str, columns: Columns, rows_per_part: int):
+    def __init__(
+        self,
+        path: str,
+        kind: str,
+        modality: str,
+        columns: Columns,
+        rows_per_part: int,
+        quoted: bool = True,
+    ):
         self._path = Path(path)
         if kind == "lines" and modality == "image":
             raise ValueError(f"{path}: a text file has no images; give a folder, table or archives")
         if rows_per_part < 1:
             raise ValueError(f"rows_per_shard must be at least 1, got {rows_per_part}")
-        names, start, self._reader = _open(self._path, kind)
+        names, start, self._reader = _open(self._path, kind, quoted)
         # Where each part starts.
         self._offsets, rows = [], 0
         for offset in self._row_starts(start):
@@ -59,7 +70,7 @@ class TextFileSource(RowSource):
             names=names,
             paths=names,
             folder=self._path.parent,
-            contents=_digest(self._path),
+            contents=_digest(self._path) + ("" if quoted else " not quoted"),
             columns=columns,
             rows_per_part=rows_per_part,
             lists=kind == "jsonl",
@@ -84,7 +95,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def _open(path: Path, kind: str) -> tuple[tuple[str, ...], int, Reader]:
+def _open(path: Path, kind: str, quoted: bool) -> tuple[tuple[str, ...], int, Reader]:
     """Names of the columns, where the first row starts, and what reads rows."""
     with open(path, "rb") as file:
         mark = 3 if file.read(3) == b"\xef\xbb\xbf" else 0
@@ -94,13 +105,13 @@ def _open(path: Path, kind: str) -> tuple[tuple[str, ...], int, Reader]:
         if kind == "jsonl":
             first = next((row for row, _ in _objects(file) if not isinstance(row, str)), {})
             return tuple(first), mark, _objects
-        header, start = next(_fields(file, path, kind), ((), 0))
+        header, start = next(_fields(file, path, kind, quoted), ((), 0))
         if isinstance(header, str) or len(set(header)) < len(header):
             raise ValueError(f"{path}: its first line must be a header of different names")
     names = tuple(header)
 
     def rows(file: BinaryIO) -> Iterator[tuple[Mapping[str, Any] | str, int]]:
-        for fields, end in _fields(file, path, kind):
+        for fields, end in _fields(file, path, kind, quoted):
             if isinstance(fields, str):
                 yield fields, end
             elif len(fields) != len(names):
@@ -111,7 +122,9 @@ def _open(path: Path, kind: str) -> tuple[tuple[str, ...], int, Reader]:
     return names, start, rows
 
 
-def _fields(file: BinaryIO, path: Path, kind: str) -> Iterator[tuple[list[str] | str, int]]:
+def _fields(
+    file: BinaryIO, path: Path, kind: str, quoted: bool
+) -> Iterator[tuple[list[str] | str, int]]:
     """The fields of each row (or why it cannot be read), and where it ends."""
     end, wrong = file.tell(), False
 
@@ -126,7 +139,12 @@ def _fields(file: BinaryIO, path: Path, kind: str) -> Iterator[tuple[list[str] |
                 text = line.decode("utf-8", errors="replace")
             yield text
 
-    reader = csv.reader(lines(), delimiter="\t" if kind == "tsv" else ",", strict=True)
+    reader = csv.reader(
+        lines(),
+        delimiter="\t" if kind == "tsv" else ",",
+        quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
+        strict=True,
+    )
     try:
         for fields in reader:
             if fields:  # an empty line is no row
@@ -135,7 +153,8 @@ def _fields(file: BinaryIO, path: Path, kind: str) -> Iterator[tuple[list[str] |
     except csv.Error as error:
         raise ValueError(
             f"{path}: a quoted field that ends near byte {end} is not written as {kind.upper()} "
-            f"({error}); quotes inside of one are doubled"
+            f"({error}); quotes inside of one are doubled; --noquoted takes them "
+            "as they are"
         ) from None
 
 
