@@ -23,7 +23,7 @@ class Description:
         name: of the model, as a hub or a person calls it.
         modality: ``"image"`` or ``"text"``.
         pooling: how tokens become one row.
-        normalized: whether rows have unit length.
+        normalized: whether rows have unit length; None if unknown.
         settings: whatever else changes the rows (prompt, length, layer, precision, revision), as
             JSON takes it.
     """
@@ -31,7 +31,7 @@ class Description:
     name: str
     modality: str
     pooling: str
-    normalized: bool
+    normalized: bool | None
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 

@@ -28,7 +28,7 @@ class CallableEncoder:
 
     def __init__(self, function: Callable[[list[Any]], Any], modality: str, name: str):
         self._function = function
-        self.description = Description(name, modality, pooling="", normalized=False)
+        self.description = Description(name, modality, pooling="", normalized=None)
         self.preprocess = _image_arrays if modality == "image" else _text_arrays
 
     def encode(self, batch: Sequence[Inputs]) -> Float32[np.ndarray, "n dim"]:
@@ -88,7 +88,8 @@ def load_callable(name: str, modality: str, **options: Any) -> Encoder:
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
         raise ValueError(f"encoder: must be MODULE:FUNCTION, got {name!r}")
-    sys.path.insert(0, os.getcwd())
+    if os.getcwd() not in sys.path:  # for good, since workers take over what is there
+        sys.path.insert(0, os.getcwd())
     try:
         found: Any = importlib.import_module(module)
         for part in attribute.split("."):
@@ -97,8 +98,6 @@ def load_callable(name: str, modality: str, **options: Any) -> Encoder:
         raise ValueError(f"encoder: {module} cannot be imported ({error})") from error
     except AttributeError as error:
         raise ValueError(f"encoder: {name} does not exist ({error})") from None
-    finally:
-        sys.path.remove(os.getcwd())
     if not _is_encoder(found) and callable(found) and _makes(found, options, name):
         found = found(**options)
     elif options:

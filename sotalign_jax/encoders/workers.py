@@ -51,12 +51,12 @@ class _Failed(NamedTuple):
 
 
 def default_workers(modality: str) -> int:
-    """Worker processes, if nobody says: one for each of the other processors, up to 16 or 4."""
+    """Worker processes, if nobody says: one for each of the other processors, up to 16 or 2."""
     try:
         processors = len(os.sched_getaffinity(0))
     except AttributeError:  # not on Linux
         processors = os.cpu_count() or 1
-    return max(1, min(processors - 1, 16 if modality == "image" else 4))
+    return max(1, min(processors - 1, 16 if modality == "image" else 2))
 
 
 class Workers:
@@ -144,8 +144,8 @@ class Workers:
                 yield done, future.result()
         except BrokenProcessPool:
             raise ChildProcessError(
-                "workers: one died, which is what a lack of memory does; the same command goes on, "
-                "with fewer workers if need be"
+                "workers: one died, as of a lack of memory, or in a script that lacks "
+                "`if __name__ == '__main__':`; the same command goes on; fewer workers need less"
             ) from None
 
 
@@ -193,17 +193,21 @@ def _text(item: Any) -> str:
 
 # In a worker: what `_start` was given.
 _given: tuple[Preprocessor, str] | None = None
+_not_given = ""
 
 
 def _start(pickled: bytes, modality: str) -> None:
-    global _given
+    global _given, _not_given
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
     signal.signal(signal.SIGTERM, _end_soon)
     # A worker whose parent was killed would wait for work for ever.
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", module="PIL")  # of files that are odd, but can be read
-    _given = pickle.loads(pickled), modality
+    try:
+        _given = pickle.loads(pickled), modality
+    except Exception as error:  # said of the first item: here nobody would hear it
+        _not_given = f"cannot be loaded in a worker, {type(error).__name__}: {error}"
 
 
 def _end_soon(*_) -> None:
@@ -221,7 +225,8 @@ def _end_with_parent() -> None:
 
 
 def _work(chunk: list[Record]) -> list[Inputs | str | _Failed]:
-    assert _given is not None
+    if _given is None:
+        return [_Failed(_not_given)] * len(chunk)
     return [_prepare(*_given, record) for record in chunk]
 
 

@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import re
 import shlex
+import subprocess
 import sys
 import tarfile
 import types
@@ -192,3 +194,31 @@ def test_words_that_are_refused(here, tmp_path, words, message):
     status, _, err = here("encode", *words)
     assert status == 2 and message in err and err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["t.txt"]
+
+
+@pytest.mark.slow
+def test_workers_find_a_module_of_the_working_directory(tmp_path):
+    """As the console script starts, which does not look there by itself."""
+    (tmp_path / "own.py").write_text(
+        "import numpy\n"
+        "from sotalign_jax.encoders import Description\n"
+        "class Pre:\n"
+        "    def __call__(self, item):\n"
+        "        return {'n': numpy.array(len(item))}\n"
+        "class Own:\n"
+        "    description = Description('own', 'text', '', True)\n"
+        "    preprocess = Pre()\n"
+        "    def encode(self, batch):\n"
+        "        return numpy.array([[one['n']] for one in batch], numpy.float32)\n"
+    )
+    (tmp_path / "t.txt").write_text("one\nthree\n")
+    words = ["encode", "--texts=t.txt", "--encoder=own:Own", "--out=o", "--workers=1"]
+    root = Path(main.__file__).parents[1]
+    subprocess.run(
+        [sys.executable, "-P", "-m", "sotalign_jax", *words],
+        check=True,
+        timeout=120,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    )
+    assert features.open_store(tmp_path / "o").array().tolist() == [[3], [5]]

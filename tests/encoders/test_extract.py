@@ -217,6 +217,17 @@ class Dies:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+class OnlyHere:
+    def __call__(self, item):
+        return {}
+
+    def __setstate__(self, state):
+        raise ImportError("no module of that name")
+
+    def __getstate__(self):
+        return {"some": "state"}
+
+
 class Fails:
     def __call__(self, item):
         raise KeyError("pixel_values")
@@ -242,6 +253,11 @@ def test_preprocessors_that_fail(tmp_path, count):
     made.preprocess = lambda item: {}
     if count:
         with pytest.raises(ValueError, match="workers: the encoder's preprocessor cannot be sent"):
+            extract_to(source, made, tmp_path / "p", workers=count)
+        made.preprocess = OnlyHere()
+        with pytest.raises(
+            ValueError, match="cannot be loaded in a worker, ImportError: no module"
+        ):
             extract_to(source, made, tmp_path / "p", workers=count)
         made.preprocess = Dies()
         with pytest.raises(ChildProcessError, match="workers: one died"):
