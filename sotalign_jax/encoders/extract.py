@@ -97,8 +97,8 @@ def extract(
         dtype: ``"float16"`` (default), ``"bfloat16"`` or ``"float32"``.
         batch_size: items that are encoded at once. No batch reaches over the end of a part.
         workers: processes that read, decode and preprocess; 0 for none; by default one for each
-            processor but one, up to 16 for images and 2 for texts. They import the script that calls
-            this, which must be guarded by ``if __name__ == "__main__":``.
+            processor but one, up to 16 for images and 2 for texts. They import the script that is
+            run, which must be guarded by ``if __name__ == "__main__":``.
         shards: the first part of this process, and one past its last; by default all.
         licence: of the items, for the manifest.
         progress: called with a `Progress` at the start and after every batch.
