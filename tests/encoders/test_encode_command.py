@@ -111,6 +111,8 @@ def test_the_commands_of_the_documentation(here, tmp_path):
     assert "5 text rows, 256 columns, 0 items left out: features/parts" in said["parts2:3"]
     assert len(features.open_features("features/archives")) == 2
     assert not list((tmp_path / "features").glob(".*"))
+    exec(blocks("python")[1], {})
+    assert features.open_store("features/by_hand").shape == (5, 256)
 
 
 def test_what_was_left_out_is_said(here, tmp_path):
