@@ -61,7 +61,7 @@ class TorchBackend:
     rows = 1  # any number of rows will do
 
     def __init__(self, network: Any):
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
 
         self._torch = torch
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -100,10 +100,10 @@ class JaxBackend:
     """
 
     def __init__(self, network: Any, *, devices: int = 0, exact: bool = True):
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
 
         with _no_traces_of_import():
-            import torchax.tensor
+            import torchax.tensor  # pyright: ignore[reportMissingImports]
 
         local = local_devices(devices)
         mesh = jax.make_mesh((len(local),), (AXIS,), (AxisType.Auto,), devices=local)
@@ -200,7 +200,7 @@ def _dtype(tensor: Any) -> np.dtype:
 
 def _to_numpy(tensor: Any) -> np.ndarray:
     """A tensor's values, in its own type."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     tensor = tensor.detach().contiguous()
     if tensor.dtype == torch.bfloat16:
@@ -213,7 +213,7 @@ def _to_numpy(tensor: Any) -> np.ndarray:
 @contextlib.contextmanager
 def _no_traces_of_import() -> Iterator[None]:
     """Importing torchax sets an option of torch and a variable of the environment: not here."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     fast = torch.backends.mha.get_fastpath_enabled()
     variable = "ENABLE_RUNTIME_UPTIME_TELEMETRY"

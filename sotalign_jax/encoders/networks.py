@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
+import torch  # pyright: ignore[reportMissingImports]
 
 from sotalign_jax.encoders.pooling import MODEL_POOLING, Layout, pool, unit_length
 

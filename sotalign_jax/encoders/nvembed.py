@@ -12,8 +12,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from transformers import MistralConfig, MistralModel, PreTrainedConfig, PreTrainedModel
+import torch  # pyright: ignore[reportMissingImports]
+from transformers import (  # pyright: ignore[reportMissingImports]
+    MistralConfig,
+    MistralModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 __all__ = ["NVEmbed", "NVEmbedConfig", "attend_both_ways"]
 

@@ -108,7 +108,7 @@ class FloatImagePreprocessor:
     def __call__(self, item: Any) -> Inputs:
         """Raises ValueError for what is no picture."""
         _check_picture(item)
-        from PIL import Image
+        from PIL import Image  # pyright: ignore[reportMissingImports]
 
         pixels = np.asarray(item.convert("RGB"), np.float32) * np.float32(self.factor)
         channels = [

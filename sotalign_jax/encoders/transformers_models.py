@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
+import torch  # pyright: ignore[reportMissingImports]
 
 from sotalign_jax.encoders.extras import need
 from sotalign_jax.encoders.families import Family, check_pooling, family_of, layout_of
@@ -255,7 +255,7 @@ def _image_preprocessor(transformers, source: str, image_size: int | None, hub):
 
 def _fit_image(network, preprocess, model, image_size: int | None) -> tuple[int, ...]:
     """Readies a network for pictures of one size, and returns the shape of their pixels."""
-    from PIL import Image
+    from PIL import Image  # pyright: ignore[reportMissingImports]
 
     config = model.config
     example = preprocess(Image.new("RGB", (64, 64)))["pixel_values"]
@@ -314,7 +314,7 @@ def _sentence_facts(transformers, source, revision, pooling):
 @contextlib.contextmanager
 def _reading(name: str, source: str, modality: str, trusted: bool) -> Iterator[None]:
     """Errors of the hub and of files in one line, and no notices about weights not needed."""
-    from transformers.utils import logging
+    from transformers.utils import logging  # pyright: ignore[reportMissingImports]
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
