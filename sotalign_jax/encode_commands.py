@@ -36,6 +36,7 @@ _KIND = flags.DEFINE_enum("kind", None, KINDS, "What --images or --texts is; els
 _COLUMN = flags.DEFINE_multi_string("column", [], "id:NAME, image:NAME or caption:NAME.")
 _SPLIT = flags.DEFINE_string("split", None, "Of a data set that has several.")
 _QUOTED = flags.DEFINE_bool("quoted", True, "Whether fields of CSV and TSV may be quoted.")
+_BACKGROUND = flags.DEFINE_string("background", None, "R,G,B behind what is transparent.")
 _LICENCE = flags.DEFINE_string("licence", "", "Of the images or texts, for the manifest.")
 
 _CALLABLE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
@@ -68,6 +69,9 @@ def encode(words: Sequence[str], console: Console | None = None) -> int:
         quoted=_QUOTED.value,
     )
     shards = _range(_SHARDS.value)
+    background = _colour(_BACKGROUND.value)
+    if background is not None and images is None:
+        raise ValueError("--background: is of images")
     options = _options(_OPTION.value)
     encoder, at_once = load(_ENCODER.value, modality, _BATCH_SIZE.value, options)
     try:
@@ -81,6 +85,7 @@ def encode(words: Sequence[str], console: Console | None = None) -> int:
                 workers=_WORKERS.value,
                 shards=shards,
                 licence=_LICENCE.value,
+                background=background,
                 progress=progress,
             )
     except Interrupted as stop:
@@ -195,6 +200,16 @@ def _range(given: str | None) -> tuple[int, int] | None:
     if not (colon and first.isdecimal() and last.isdecimal()):
         raise ValueError(f"--shards: must be a:b, as in 0:8, got {given!r}")
     return int(first), int(last)
+
+
+def _colour(given: str | None) -> tuple[int, int, int] | None:
+    if given is None:
+        return None
+    parts = given.split(",")
+    if len(parts) != 3 or not all(p.isdecimal() and int(p) < 256 for p in parts):
+        raise ValueError(f"--background: must be R,G,B, as in 255,255,255; got {given!r}")
+    red, green, blue = map(int, parts)
+    return red, green, blue
 
 
 def _say(console: Console, text: str) -> None:

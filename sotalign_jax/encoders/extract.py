@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 
 from sotalign_jax.encoders.assemble import assemble, beside
 from sotalign_jax.encoders.base import Encoder
+from sotalign_jax.encoders.images import Colour
 from sotalign_jax.encoders.parts import PartWriter, WorkingDirectory, compare_settings, read_json
 from sotalign_jax.encoders.sources import Source
 from sotalign_jax.encoders.workers import Prepared, Workers, default_workers, read_ahead
@@ -77,6 +79,7 @@ def extract(
     workers: int | None = None,
     shards: tuple[int, int] | None = None,
     licence: str = "",
+    background: Colour | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Summary:
     """Encodes all items of a source into a feature store.
@@ -101,6 +104,8 @@ def extract(
             run, which must be guarded by ``if __name__ == "__main__":``.
         shards: the first part of this process, and one past its last; by default all.
         licence: of the items, for the manifest.
+        background: colour, 0 to 255 each, that transparent images are laid over; None drops their
+            alpha channel.
         progress: called with a `Progress` at the start and after every batch.
 
     Returns:
@@ -117,12 +122,17 @@ def extract(
     if "://" in os.fspath(out) or target.name in ("", ".."):
         raise ValueError(f"out: {out} is not a name for a new directory on a mounted disk")
     first, last = _check(source, encoder, dtype, batch_size, shards)
+    if background is not None and not all(0 <= value <= 255 for value in background):
+        raise ValueError(f"background must be three numbers of 0 to 255, got {background}")
     settings = _settings(source, encoder, dtype, batch_size)
+    if source.modality == "image":
+        settings["background"] = None if background is None else list(background)
     home = WorkingDirectory(target)
     if not _is_done(home, target, settings):
         count = default_workers(source.modality) if workers is None else workers
         run = _Run(home, source, encoder, dtype, batch_size, progress)
-        with _sigterm_raises(), Workers(encoder.preprocess, source.modality, count) as pool:
+        workers_of = functools.partial(Workers, encoder.preprocess, source.modality)
+        with _sigterm_raises(), workers_of(count, background=background) as pool:
             if not home.exists and not _is_done(home, target, settings):
                 _check_names_are_free(target, source.modality)
             home.open(settings)

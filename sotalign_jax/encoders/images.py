@@ -12,7 +12,7 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["FORMATS", "MAX_PIXELS", "decode"]
+__all__ = ["FORMATS", "MAX_PIXELS", "Colour", "decode"]
 
 FORMATS = (
     *("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF"),
@@ -23,12 +23,15 @@ FORMATS = (
 MAX_PIXELS = 89_478_485
 _SIXTEEN_BITS = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
+Colour = tuple[int, int, int]
 
-def decode(data: bytes) -> Image.Image:
+
+def decode(data: bytes, background: Colour | None = None) -> Image.Image:
     """An image as the field's loaders see it, which is what encoders were trained on.
 
     * The alpha channel is dropped, not blended: a transparent pixel has the colour that the file
-      gives it, often black. Of palettes with transparency likewise.
+      gives it, often black. Of palettes with transparency likewise. With a ``background`` the image
+      is laid over it instead.
     * Grey becomes three equal channels; of 16 bits a channel the upper 8 are kept (Pillow alone
       would cut all that is brighter than 255 to white).
     * CMYK and YCbCr are converted by Pillow's formulas; colour profiles are ignored.
@@ -37,6 +40,7 @@ def decode(data: bytes) -> Image.Image:
 
     Args:
         data: a file in one of `FORMATS`. Pillow reads more, some by starting other programs.
+        background: red, green and blue, 0 to 255, behind what is transparent.
 
     Returns:
         The image in mode RGB.
@@ -70,7 +74,7 @@ def decode(data: bytes) -> Image.Image:
         raise ValueError("not an image: floating point numbers, whose range is not known")
     try:
         image.load()
-        rgb = _rgb(image)
+        rgb = _rgb(image if background is None else _over(image, background))
     except (MemoryError, KeyboardInterrupt):
         raise
     except bombs:
@@ -90,6 +94,20 @@ def _formats() -> tuple[str, ...]:
 
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _over(image: Image.Image, background: Colour) -> Image.Image:
+    """An image with transparency, laid over a colour; others as they are."""
+    from PIL import Image
+
+    if not image.has_transparency_data:
+        return image
+    over = image.convert("RGBA")
+    laid = Image.new("RGBA", over.size, (*background, 255))
+    laid.alpha_composite(over)
+    rgb, exif = laid.convert("RGB"), image.getexif()
+    rgb.getexif().update(exif)
+    return rgb
 
 
 def _rgb(image: Image.Image) -> Image.Image:

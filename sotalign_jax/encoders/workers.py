@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from sotalign_jax.encoders.base import Inputs, Preprocessor
-from sotalign_jax.encoders.images import decode
+from sotalign_jax.encoders.images import Colour, decode
 from sotalign_jax.encoders.sources import Record
 
 __all__ = ["Prepared", "Workers", "default_workers", "read_ahead"]
@@ -66,15 +66,24 @@ class Workers:
         preprocess: of the encoder; it must pickle.
         modality: ``"image"`` or ``"text"``.
         count: of processes; 0 prepares items in this one.
+        background: of images, see `decode`.
 
     Raises:
         ValueError: a negative number, or a preprocessor that does not pickle.
     """
 
-    def __init__(self, preprocess: Preprocessor, modality: str, count: int):
+    def __init__(
+        self,
+        preprocess: Preprocessor,
+        modality: str,
+        count: int,
+        *,
+        background: Colour | None = None,
+    ):
         if count < 0:
             raise ValueError(f"workers must not be negative, got {count}")
         self._preprocess, self._modality, self._count = preprocess, modality, count
+        self._background = background
         self._pool: concurrent.futures.ProcessPoolExecutor | None = None
         if not count:
             return
@@ -89,7 +98,7 @@ class Workers:
             count,
             mp_context=multiprocessing.get_context("spawn"),
             initializer=_start,
-            initargs=(pickled, modality),
+            initargs=(pickled, modality, background),
         )
 
     def __enter__(self) -> Workers:
@@ -130,7 +139,8 @@ class Workers:
     ) -> Iterator[tuple[list[Record], Sequence[Any]]]:
         if self._pool is None:
             for chunk in chunks:
-                yield chunk, [_prepare(self._preprocess, self._modality, one) for one in chunk]
+                how = (self._preprocess, self._modality, self._background)
+                yield chunk, [_prepare(*how, one) for one in chunk]
             return
         running: collections.deque = collections.deque()
         try:
@@ -154,12 +164,14 @@ def _light(chunk: list[Record]) -> list[Record]:
     return [one if isinstance(one.item, str) else one._replace(item=None) for one in chunk]
 
 
-def _prepare(preprocess: Preprocessor, modality: str, record: Record) -> Inputs | str | _Failed:
+def _prepare(
+    preprocess: Preprocessor, modality: str, background: Colour | None, record: Record
+) -> Inputs | str | _Failed:
     """The arrays of an item, or why it is left out."""
     if record.reason:
         return record.reason
     try:
-        item = _image(record.item) if modality == "image" else _text(record.item)
+        item = _image(record.item, background) if modality == "image" else _text(record.item)
     except ValueError as error:
         return str(error)
     try:
@@ -170,7 +182,7 @@ def _prepare(preprocess: Preprocessor, modality: str, record: Record) -> Inputs 
         return _Failed(f"{type(error).__name__}: {error}")
 
 
-def _image(item: Any) -> Any:
+def _image(item: Any, background: Colour | None) -> Any:
     if isinstance(item, Path):
         try:
             item = item.read_bytes()
@@ -178,7 +190,7 @@ def _image(item: Any) -> Any:
             raise ValueError(f"not readable: {error.strerror or error}") from None
         except ValueError as error:  # a path with a zero in it
             raise ValueError(f"not readable: {error}") from None
-    return decode(item)
+    return decode(item, background)
 
 
 def _text(item: Any) -> str:
@@ -192,11 +204,11 @@ def _text(item: Any) -> str:
 
 
 # In a worker: what `_start` was given.
-_given: tuple[Preprocessor, str] | None = None
+_given: tuple[Preprocessor, str, Colour | None] | None = None
 _not_given = ""
 
 
-def _start(pickled: bytes, modality: str) -> None:
+def _start(pickled: bytes, modality: str, background: Colour | None) -> None:
     global _given, _not_given
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
     signal.signal(signal.SIGTERM, _end_soon)
@@ -205,7 +217,7 @@ def _start(pickled: bytes, modality: str) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", module="PIL")  # of files that are odd, but can be read
     try:
-        _given = pickle.loads(pickled), modality
+        _given = pickle.loads(pickled), modality, background
     except Exception as error:  # said of the first item: here nobody would hear it
         _not_given = f"cannot be loaded in a worker, {type(error).__name__}: {error}"
 

@@ -32,6 +32,21 @@ def test_alpha_is_dropped_and_not_blended():
     np.testing.assert_array_equal(pixels(data), [[[255, 0, 0], [0, 255, 0]]])
 
 
+def test_what_is_transparent_is_laid_over_a_background():
+    colour, alpha, over = np.asarray(colours(1)), 100, np.array([10, 200, 30])
+    rgba = np.dstack([colour, np.full((5, 6), alpha, np.uint8)])
+    found = np.asarray(decode(file_of(Image.fromarray(rgba)), (10, 200, 30)))
+    expected = (colour * (alpha / 255) + over * (1 - alpha / 255)).round()
+    assert np.abs(found - expected).max() <= 1
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([255, 0, 0, 0, 255, 0])
+    palette.putpixel((1, 0), 1)
+    data = file_of(palette, transparency=b"\x00\xff")
+    found = np.asarray(decode(data, (10, 200, 30)))
+    np.testing.assert_array_equal(found, [[[10, 200, 30], [0, 255, 0]]])
+    np.testing.assert_array_equal(decode(png(2), (10, 200, 30)), pixels(png(2)))
+
+
 @pytest.mark.parametrize("form", ["PNG", "TIFF"])
 def test_grey_of_sixteen_bits_keeps_its_upper_eight(form):
     values = np.array([[0, 255, 256, 32768, 65535]], np.uint16)
