@@ -119,6 +119,7 @@ def test_a_torch_reference(tmp_path, with_sinkhorn):
         np.testing.assert_allclose(other["errors"]["teacher"]["columns"], columns, rtol=0.05)
 
 
+@pytest.mark.slow
 def test_forms(tmp_path, capsys):
     path = tmp_path / "numbers.json"
     arguments = ["--n", "48", "--repeats", "2", "--json", str(path)]

@@ -111,7 +111,6 @@ SAMPLE = (
     "sail_semi",
     "cka",
     "structure, mixtures, rows from disk",
-    "nnclr",
 )
 
 
