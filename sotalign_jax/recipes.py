@@ -252,6 +252,8 @@ _RECIPES = (
         traps=(
             "the validation archive is flat: sort it into folders n01440764/... or give "
             "--labels=FILE",
+            "numbers in the development kit's ground truth count the classes in another order than "
+            "everybody's, that of the WordNet ids: translate them by its meta.mat",
             "80 prompts of 1,000 classes are 80,000 texts: encode them once for an encoder",
             "two pairs of classes share a name (sunglasses, missile): labels by name do not do",
         ),

@@ -39,11 +39,16 @@ class ClassificationProtocol(Protocol):
         images: how many there are.
         classes: how many there are.
         templates: prompts of each class.
+        known: ends of ids that images of this split have, and the classes of these images, by which
+            another order of the classes is told.
+        order: what to do about another order.
     """
 
     images: int
     classes: int
     templates: int
+    known: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    order: str = ""
 
     @property
     def expected(self) -> str:
@@ -109,7 +114,8 @@ class ClassificationProtocol(Protocol):
             unknown = [name for name in ids.tolist() if name not in given]
             if unknown:
                 raise self.refuse(
-                    f"but {listed(np.array(unknown))} of image ids in {image.name} have no label"
+                    f"but {listed(np.array(unknown))} of image ids in {image.name} have no label",
+                    f"labels are of ids as {next(iter(given))!r}" if given else "",
                 )
             words = [given[name] for name in ids.tolist()]
         else:
@@ -127,7 +133,19 @@ class ClassificationProtocol(Protocol):
                 f"but no image of {image.name} is of class {int(np.argmin(counts))} "
                 f"({slugs[int(np.argmin(counts))]})"
             )
+        self._check_order(image, ids, labels)
         return labels
+
+    def _check_order(self, image: FeatureTable, ids: np.ndarray, labels: np.ndarray) -> None:
+        """Refuses labels that count the classes in another order."""
+        for end, expected in self.known.items():
+            for row in np.flatnonzero(np.char.endswith(ids.astype(str), end)):
+                if labels[row] != expected:
+                    raise self.refuse(
+                        f"but image {str(ids[row])!r} in {image.name} has label {labels[row]} and "
+                        f"is of class {expected}",
+                        self.order,
+                    )
 
     def _numbers(self, words: list[str], slugs: list[str]) -> np.ndarray:
         different = sorted(set(words))
@@ -135,9 +153,10 @@ class ClassificationProtocol(Protocol):
             numbers = np.array([int(word) for word in words])
             if numbers.max() >= self.classes:
                 starts = "they start at 1; " if numbers.min() == 1 else ""
+                order = f"; {self.order}" if self.order else ""
                 raise self.refuse(
                     f"found labels {numbers.min()} to {numbers.max()}",
-                    f"{starts}numbers of classes go from 0 to {self.classes - 1}",
+                    f"{starts}numbers of classes go from 0 to {self.classes - 1}{order}",
                 )
             return numbers
         if all(map(_WORDNET.fullmatch, different)):
@@ -211,6 +230,7 @@ def _protocol(
     split: str,
     images: int,
     remark: str = "",
+    **more: Any,
 ) -> ClassificationProtocol:
     return ClassificationProtocol(
         name=name,
@@ -226,11 +246,20 @@ def _protocol(
         images=images,
         classes=CLASSES[name],
         templates=TEMPLATES[name],
+        **more,
     )
 
 
 CLASSIFICATION = (
-    _protocol("imagenet", "ImageNet-1k", "validation split of ILSVRC 2012", 50_000),
+    _protocol(
+        "imagenet",
+        "ImageNet-1k",
+        "validation split of ILSVRC 2012",
+        50_000,
+        known={f"ILSVRC2012_val_0000000{k}": n for k, n in ((1, 65), (2, 970), (3, 230), (4, 809))},
+        order="classes are in the order of their WordNet ids, the development kit numbers them in "
+        "another: label by WordNet ids",
+    ),
     _protocol("food101", "Food-101", "test split", 25_250),
     _protocol("cifar10", "CIFAR-10", "test split", 10_000),
     _protocol("cifar100", "CIFAR-100", "test split, the 100 fine labels", 10_000),

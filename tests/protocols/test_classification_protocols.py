@@ -138,7 +138,8 @@ EXPECTED = "dtd: expected 12 images of 3 classes and 24 prompts (8 a class) "
          "but 1 (first: 'flat') of image ids in I name no folder; give --labels=FILE with id and "
          "label, or ids CLASS/NAME"),
         (FOLDERS, KEYS, {"cat/0": "cat"},
-         "but 11 (first: 'sea_lion/1') of image ids in I have no label"),
+         "but 11 (first: 'sea_lion/1') of image ids in I have no label; labels are of ids as "
+         "'cat/0'"),
         ([*FOLDERS[:11], "bird/1"], KEYS, None,
          "but 1 (first: 'bird') of the labels are not among the classes; a label is a class's "
          "number or its name, as 'cat'"),
@@ -194,11 +195,42 @@ def test_counts_of_the_real_splits():
 
 
 def test_imagenet_by_wordnet_ids_at_its_full_size():
-    """50,000 images and 80,000 prompts are selected in no time, in the order of the ids."""
+    """50,000 images and 80,000 prompts are selected in no time, classes by order of WordNet ids."""
     wordnet = [f"n{1_000_000 + 37 * index:08d}" for index in range(1_000)]
-    ids = [f"{wordnet[row % 1_000]}/{row}" for row in range(50_000)]
+    of_row = np.random.default_rng(0).permutation(np.arange(50_000) % 1_000)
+    ids = [f"{wordnet[index]}/{row}" for row, index in enumerate(of_row)]
     keys = [key for key, _ in prompts("imagenet", ["sunglasses"] * 1_000)]
     rows = IMAGENET.select(table(ids, "I"), table(keys, "T"))
     owner, labels = rows.more
-    assert labels.tolist() == [row % 1_000 for row in range(50_000)]
+    assert labels.tolist() == of_row.tolist()
     assert owner.tolist() == [row // 80 for row in range(80_000)]
+
+
+def test_labels_in_the_order_of_the_development_kit_are_refused():
+    """The first validation image is a sea snake: class 65 by WordNet ids, 490 of 1,000 there."""
+    ids = [f"ILSVRC2012_val_{row + 1:08d}" for row in range(50_000)]
+    first = [65, 970, 230, 809]
+    right = [*first, *((np.arange(50_000 - 4)) % 1_000).tolist()]
+    keys = [key for key, _ in prompts("imagenet", ["sunglasses"] * 1_000)]
+    images, texts = table(ids, "I"), table(keys, "T")
+
+    def select(numbers):
+        given = {name: str(number) for name, number in zip(ids, numbers, strict=True)}
+        return IMAGENET.select(images, texts, labels=given)
+
+    assert select(right).more[1].tolist() == right
+    expected = f"imagenet: expected {IMAGENET.expected} ({IMAGENET.split}), "
+    for numbers, found in (
+        ([490, *right[1:]],
+         "but image 'ILSVRC2012_val_00000001' in I has label 490 and is of class 65; "),
+        ([*right[:3], 808, *right[4:]],
+         "but image 'ILSVRC2012_val_00000004' in I has label 808 and is of class 809; "),
+        ([number + 1 for number in right],
+         "found labels 1 to 1000; they start at 1; numbers of classes go from 0 to 999; "),
+    ):  # fmt: skip
+        with pytest.raises(ValueError) as caught:
+            select(numbers)
+        assert str(caught.value) == (
+            f"{expected}{found}classes are in the order of their WordNet ids, the development kit "
+            "numbers them in another: label by WordNet ids"
+        )
