@@ -99,9 +99,11 @@ class RetrievalProtocol(Protocol):
     def _joined(self, image: FeatureTable, text: FeatureTable) -> Rows:
         """One to one; rows without a partner are left out."""
         image_ids, text_ids = self.ids_of("image", image), self.ids_of("text", text)
+        # A larger table is another split, whose ids may well be the same numbers of rows.
+        for side, table in (("image", image), ("text", text)):
+            if len(table) > self.images:
+                self.check_count(side, table, self.images)
         together = np.intersect1d(image_ids, text_ids)
-        if len(together) > self.images:
-            self.check_count("image", image, self.images)
         if len(together) < 2:
             raise self.refuse(
                 f"but {image.name} and {text.name} share {len(together)} ids",
