@@ -14,6 +14,7 @@ from sotalign_jax import commands, features, interop, training
 from sotalign_jax.config import default_config, flatten
 from sotalign_jax.features import Pairs
 from sotalign_jax.files import check_absent
+from sotalign_jax.reports.tables import shorten_paths
 from sotalign_jax.training.metrics import make_console
 from sotalign_jax.training.workdir import NO_MATTER, read_json
 
@@ -52,7 +53,7 @@ def export_model(workdir: str, out: str, console: Console | None = None) -> Path
     check_absent(out)
     aligner = commands.load_aligner(workdir)
     document = read_json(commands.aligner_path(workdir) / "aligner.json")
-    metadata = document.get("metadata") or {}
+    document["metadata"] = metadata = _without_places(document.get("metadata") or {})
     recorded = Path(workdir) / "results.json"
     card = interop.model_card(
         document,
@@ -134,17 +135,36 @@ def _fitted_scores(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _changed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields that are not as by default, of paths the last part alone."""
+    """Fields that are not as by default."""
     known = flatten(default_config())
     changed = {}
     for name, value in flatten(config).items():  # pyright: ignore[reportArgumentType]
         default = known.get(name)
         default = list(default) if isinstance(default, tuple) else default
-        if name.startswith(NO_MATTER) or value == default:
-            continue
-        absolute = isinstance(value, str) and Path(value).is_absolute()
-        changed[name] = Path(value).name if absolute else value
+        if not name.startswith(NO_MATTER) and value != default:
+            changed[name] = _last_part(value)
     return changed
+
+
+def _without_places(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the directories of this machine: what is exported is passed on."""
+    found = dict(metadata)
+    if isinstance(found.get("data"), str):
+        found["data"] = shorten_paths(found["data"])
+    if features_of := found.get("features"):
+        found["features"] = {
+            side: {name: _last_part(value) for name, value in values.items()}
+            for side, values in features_of.items()
+        }
+    return found
+
+
+def _last_part(value: Any) -> Any:
+    """Of absolute paths the last part alone."""
+    if isinstance(value, list | tuple):
+        return [_last_part(one) for one in value]
+    absolute = isinstance(value, str) and Path(value).is_absolute()
+    return Path(value).name if absolute else value
 
 
 # By the command's name, for `main`.

@@ -36,7 +36,7 @@ def model_card(
     """
     metadata = document.get("metadata") or {}
     config = metadata.get("config") or {}
-    kind = document.get("kind") or _objective(config)
+    kind = document.get("kind") or _method(config, trained="step" in metadata)
     lines = [
         "---",
         "library_name: sotalign_jax",
@@ -85,13 +85,16 @@ def model_card(
     return "\n".join(lines) + "\n"
 
 
-def _objective(config: Mapping[str, Any]) -> str:
+def _method(config: Mapping[str, Any], trained: bool) -> str:
+    """In words; a teacher is saved with the configuration of the run that it is for."""
     if not config:
         return ""
-    if config.get("aligner", "layers") != "layers":
-        return str(config["aligner"])
-    start, teacher = config["model"]["init"], config["teacher"]["name"]
-    return f"{config['objective']}, teacher {teacher}, layers from a {start} start"
+    teacher = config["teacher"]["name"]
+    if not trained:
+        return f"the linear teacher alone, {teacher}"
+    return (
+        f"{config['objective']}, teacher {teacher}, layers from a {config['model']['init']} start"
+    )
 
 
 def _features(features: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -38,7 +38,7 @@ def test_a_run():
         "teacher_test": SCORES | {"mean_recall@1": 0.5},
     }
     card = model_card(
-        document(data="CC3M", features=features, config=ConfigDict(config).to_dict()),
+        document(data="CC3M", features=features, config=ConfigDict(config).to_dict(), step=9),
         results,
         name="my | model",
         changed={"loss.alpha": 0.5},
@@ -57,6 +57,12 @@ def test_a_run():
     assert "50.0" in teacher
     assert LOADER.rstrip() in body
     assert "| val" not in body
+
+
+def test_a_teacher_is_not_called_a_trained_model():
+    card = model_card(document(data="CC3M", config=ConfigDict(default_config()).to_dict()))
+    assert "- method: the linear teacher alone, cca\n" in card
+    assert "method: sotalign" not in card
 
 
 def test_little_is_known():

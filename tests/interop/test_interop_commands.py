@@ -1,6 +1,7 @@
 """``sotalign export`` and ``import-sail``, on runs that were trained."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -43,6 +44,30 @@ def test_a_run_for_pytorch(run, tmp_path):
     assert f"{100 * results['test']['mean_recall@10']:.1f}" in card
     with pytest.raises(ValueError, match=r"out: .* exists"):
         interop_commands.export_model(str(run), str(tmp_path / "heads"), QUIET)
+
+
+def test_a_card_does_not_tell_where_things_lay(run, tmp_path):
+    """Cards are passed on: of absolute paths the last part is left."""
+    document = json.loads((run / "aligner" / "aligner.json").read_text())
+    metadata = document["metadata"]
+    metadata["data"] = "/home/me/features/image with /home/me/features/text, unpaired rows aligned"
+    metadata["features"]["image"]["source"] = "/home/me/My Photos"
+    metadata["features"]["text"]["source"] = "tables/captions.csv"
+    metadata["config"]["data"]["files"]["image"] = "/home/me/features/image"
+    (tmp_path / "aligner").mkdir()
+    (tmp_path / "aligner" / "aligner.json").write_text(json.dumps(document))
+    shutil.copy(run / "aligner" / "aligner.safetensors", tmp_path / "aligner")
+    interop_commands.export_model(str(tmp_path), str(tmp_path / "heads"), QUIET)
+    for name in ("README.md", "config.json"):
+        text = (tmp_path / "heads" / name).read_text()
+        assert "/home" not in text and "My Photos" in text and "tables/captions.csv" in text
+        assert "…/image with …/text, unpaired rows aligned" in text
+
+
+def test_the_teacher_of_a_run(run, tmp_path):
+    interop_commands.export_model(str(run / "teacher"), str(tmp_path / "heads"), QUIET)
+    card = (tmp_path / "heads" / "README.md").read_text()
+    assert "- method: the linear teacher alone, cca\n" in card
 
 
 def test_embeddings_of_the_test_pairs(run, tmp_path):
