@@ -34,8 +34,7 @@ OPS = {
     "shift": lambda x, a: x + a,
     "scale": lambda x, a: x * a,
     "layer_norm": lambda x, a, b: F.layer_norm(x, x.shape[-1:], a, b),
-    "linear": F.linear,
-    "gelu": F.gelu,
+    "linear": F.linear, "gelu": F.gelu,
     "gated": lambda x, a, b, c, d: F.relu6(F.linear(x, a, b)) * F.linear(x, c, d).clamp(-1e3, 1e3),
 }
 
@@ -43,11 +42,12 @@ OPS = {
 class Head(torch.nn.Module):
     def __init__(self, folder, side):  # side: "image" or "text"
         super().__init__()
-        self.steps = json.loads(pathlib.Path(folder, "config.json").read_text())[side]["steps"]
+        self.steps = json.loads(pathlib.Path(folder, "config.json").read_bytes())[side]["steps"]
         tensors = load_file(f"{folder}/model.safetensors").items()
         self.tensors = torch.nn.ParameterDict({k: v for k, v in tensors if k.startswith(side)})
 
     def forward(self, x):
+        x = x.float()  # features are mostly stored in half precision
         for op, *names in self.steps:
             x = OPS[op](x, *(self.tensors[name] for name in names))
         return x

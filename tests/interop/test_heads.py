@@ -180,7 +180,25 @@ def test_the_loader_gives_our_embeddings(name, tmp_path):
         assert all(p.requires_grad for p in head.parameters())  # it can be trained further
 
 
-def test_the_page_shows_the_loader_that_is_tested():
-    page = (Path(__file__).parents[2] / "docs" / "interop.md").read_text()
-    shown = page.split("<!-- loader -->\n```python\n")[1].split("```\n<!-- /loader -->")[0]
+@pytest.mark.parametrize("normalize", [False, True])
+def test_the_loader_takes_half_precision(normalize, tmp_path):
+    """As features are stored; the squares of these rows add up to more than float16 holds."""
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(7)
+    aligner = aligner_of(LAYERS["linear"], rng, normalize=normalize)
+    folder = export_heads(aligner, tmp_path / "heads")
+    scope = {}
+    exec(LOADER, scope)
+    rows = (rng.normal(size=(5, 9)) * 300).astype(np.float16)
+    found = scope["Head"](str(folder), "text")(torch.from_numpy(rows))
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(
+        found.detach().numpy(), np.asarray(aligner.embed_text(rows)), atol=2e-5
+    )
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/interop.md"])
+def test_pages_show_the_loader_that_is_tested(page):
+    text = (Path(__file__).parents[2] / page).read_text(encoding="utf-8")
+    shown = text.split("<!-- loader -->\n```python\n")[1].split("```\n<!-- /loader -->")[0]
     assert shown == LOADER
