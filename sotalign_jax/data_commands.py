@@ -114,7 +114,7 @@ def describe(name: str, *, as_json: bool = False, console: Console | None = None
         numbers = ["" if n is None else f"{n:,}" for n in (split.images, split.texts)]
         counts.add_row(split.name, *numbers, escape(split.remark))
     console.print(counts)
-    for command in recipe.commands:
+    for command in (*recipe.prepare, *recipe.commands):
         _say(console, command)
 
 

@@ -40,6 +40,7 @@ class Recipe:
         licence: of the annotations and of the images.
         splits: what it consists of.
         files: which files are needed.
+        prepare: commands of a shell that sort out what the others take.
         commands: from these files to features.
         traps: what goes wrong.
         protocols: names of the protocols that are run on it.
@@ -55,6 +56,7 @@ class Recipe:
     files: tuple[str, ...]
     commands: tuple[str, ...]
     traps: tuple[str, ...]
+    prepare: tuple[str, ...] = ()
     protocols: tuple[str, ...] = ()
     used_for: str = ""
     tfds: str = ""
@@ -97,6 +99,61 @@ _DEAD_LINKS = (
 _KEYS = (
     "img2dataset names rows by their place in the list (nine digits, shards of 10,000): download "
     "from the same file, unsorted, or ids do not join"
+)
+
+
+def _classification(
+    name: str,
+    title: str,
+    source: str,
+    licence: str,
+    split: Split,
+    *,
+    images: str,
+    labels: str = "",
+    classnames: str = "",
+    traps: tuple[str, ...] = (),
+    **more: Any,
+) -> Recipe:
+    """A data set of zero-shot classification; without ``labels``, folders are the classes."""
+    prompts = f"{name}_prompts"
+    names = f" --classnames={classnames}" if classnames else ""
+    return Recipe(
+        name=name,
+        title=title,
+        source=source,
+        licence=licence,
+        splits=(split,),
+        commands=(
+            f"sotalign data prompts {name} --out={prompts}.jsonl{names}",
+            *_encode(prompts, None, f"{prompts}.jsonl"),
+            *_encode(f"{name}_test", images, None),
+            _evaluate(name, f"{name}_test", prompts, f" --labels={labels}" if labels else ""),
+        ),
+        traps=traps,
+        protocols=(name,),
+        used_for="zero-shot classification",
+        **more,
+    )
+
+
+# Pictures in folders by number of class.
+_CIFAR = (
+    'python -c "import pickle, pathlib, PIL.Image; '
+    "test = pickle.load(open('{file}', 'rb'), encoding='bytes'); "
+    "[pathlib.Path('cifar{classes}_test', str(c)).mkdir(parents=True) for c in range({classes})]; "
+    "[PIL.Image.fromarray(x.reshape(3, 32, 32).transpose(1, 2, 0))"
+    ".save(f'cifar{classes}_test/{{c}}/{{n:05d}}.png') "
+    "for n, (x, c) in enumerate(zip(test[b'data'], test[b'{labels}']))]\""
+)
+_FLOWERS = (
+    'python -c "import scipy.io; '
+    "rows = scipy.io.loadmat('setid.mat')['tstid'][0]; "
+    "labels = scipy.io.loadmat('imagelabels.mat')['labels'][0]; "
+    "print('image', *(f'image_{n:05d}.jpg' for n in rows), sep='\\n', "
+    "file=open('jpg/test.csv', 'w')); "
+    "print('id,label', *(f'image_{n:05d},{labels[n - 1] - 1}' for n in rows), sep='\\n', "
+    "file=open('flowers102_labels.csv', 'w'))\""
 )
 
 _RECIPES = (
@@ -261,35 +318,83 @@ _RECIPES = (
         used_for="zero-shot classification; unpaired images of table 7",
         tfds="imagenet2012:5.1.0",
     ),
-    Recipe(
-        name="classification",
-        title="Food-101, CIFAR-10 and -100, FGVC-Aircraft, DTD, Flowers-102",
-        source="Bossard et al. 2014; Krizhevsky 2009; Maji et al. 2013; Cimpoi et al. 2014; "
-        "Nilsback and Zisserman 2008",
-        licence="for research; see each data set",
-        splits=(
-            Split("Food-101 test", 25_250, None, "101 classes"),
-            Split("CIFAR-10 test", 10_000, None, "10 classes"),
-            Split("CIFAR-100 test", 10_000, None, "100 classes"),
-            Split("FGVC-Aircraft test", 3_333, None, "100 variants"),
-            Split("DTD test 1", 1_880, None, "47 classes"),
-            Split("Flowers-102 test", 6_149, None, "102 classes"),
+    _classification(
+        "food101",
+        "Food-101",
+        "Bossard et al., ECCV 2014; data.vision.ee.ethz.ch/cvl/datasets_extra/food-101",
+        "images: of foodspotting.com's users, for scientific fair use",
+        Split("test", 25_250, None, "250 of each of 101 classes"),
+        files=("food-101.tar.gz",),
+        images="food-101/images/test.csv",
+        classnames="food-101/meta/classes.txt",
+        prepare=(
+            "(echo image; sed 's/$/.jpg/' food-101/meta/test.txt) > food-101/images/test.csv",
         ),
-        files=("images in folders CLASS/NAME, or with a file of labels",),
-        commands=(
-            "sotalign data prompts food101 --out=food101_prompts.jsonl",
-            *_encode("food101_prompts", None, "food101_prompts.jsonl"),
-            *_encode("food101_test", "food101/test", None),
-            _evaluate("food101", "food101_test", "food101_prompts"),
+        tfds="food101:2.0.0",
+    ),
+    *(
+        _classification(
+            f"cifar{classes}",
+            f"CIFAR-{classes}",
+            "Krizhevsky 2009; www.cs.toronto.edu/~kriz/cifar.html",
+            "none is stated",
+            Split("test", 10_000, None, f"{10_000 // classes:,} of each of {classes} classes"),
+            files=(f"cifar-{classes}-python.tar.gz",),
+            images=f"cifar{classes}_test",
+            prepare=(_CIFAR.format(classes=classes, file=file, labels=labels),),
+            tfds=f"cifar{classes}:3.0.2",
+        )
+        for classes, file, labels in (
+            (10, "cifar-10-batches-py/test_batch", "labels"),
+            (100, "cifar-100-python/test", "fine_labels"),
+        )
+    ),
+    _classification(
+        "aircraft",
+        "FGVC-Aircraft",
+        "Maji et al., arXiv 1306.5151; www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft",
+        "for non-commercial research",
+        Split("test", 3_333, None, "33 or 34 of each of 100 variants"),
+        files=("fgvc-aircraft-2013b.tar.gz",),
+        images="fgvc-aircraft-2013b/data/images/test.csv",
+        prepare=(
+            "(cd fgvc-aircraft-2013b/data && "
+            "(echo image; sed 's/ .*/.jpg/' images_variant_test.txt) > images/test.csv)",
+            "(cd fgvc-aircraft-2013b/data && "
+            "(echo id,label; sed 's/ /,/' images_variant_test.txt) > labels.csv)",
         ),
-        traps=(
-            "labels of Flowers-102 start at 1 in its own file: here numbers start at 0",
-            "the validation splits of FGVC-Aircraft and DTD are as large as the test splits",
-            "of DTD the first of ten partitions is meant",
+        labels="fgvc-aircraft-2013b/data/labels.csv",
+        classnames="fgvc-aircraft-2013b/data/variants.txt",
+        traps=("its validation split is as large as its test split",),
+    ),
+    _classification(
+        "dtd",
+        "Describable Textures (DTD)",
+        "Cimpoi et al., CVPR 2014; www.robots.ox.ac.uk/~vgg/data/dtd",
+        "for research",
+        Split("test of partition 1", 1_880, None, "40 of each of 47 classes"),
+        files=("dtd-r1.0.1.tar.gz",),
+        images="dtd/images/test1.csv",
+        prepare=(
+            "(echo image; cat dtd/labels/test1.txt) > dtd/images/test1.csv",
+            "cut -d/ -f1 dtd/labels/test1.txt | sort -u > dtd/classes.txt",
         ),
-        protocols=("food101", "cifar10", "cifar100", "aircraft", "dtd", "flowers102"),
-        used_for="zero-shot classification",
-        tfds="food101:2.0.0, cifar10:3.0.2, cifar100:3.0.2, dtd:3.0.1, oxford_flowers102:2.1.1",
+        classnames="dtd/classes.txt",
+        traps=("the first of its ten partitions is meant, whose three splits are equally large",),
+        tfds="dtd:3.0.1",
+    ),
+    _classification(
+        "flowers102",
+        "Oxford Flowers-102",
+        "Nilsback and Zisserman, ICVGIP 2008; www.robots.ox.ac.uk/~vgg/data/flowers/102",
+        "none is stated",
+        Split("test", 6_149, None, "102 classes of 20 to 238"),
+        files=("102flowers.tgz", "imagelabels.mat", "setid.mat"),
+        images="jpg/test.csv",
+        prepare=(_FLOWERS,),
+        labels="flowers102_labels.csv",
+        traps=("labels start at 1 in its own file: here numbers start at 0",),
+        tfds="oxford_flowers102:2.1.1",
     ),
     Recipe(
         name="wikitext103",
@@ -347,7 +452,8 @@ RECIPES = {recipe.name: recipe for recipe in _RECIPES}
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe of a name, or a ValueError that lists them."""
-    if name not in RECIPES:
-        raise ValueError(f"data: no {name!r}; there are {', '.join(RECIPES)}")
-    return RECIPES[name]
+    """The recipe of a name or of a protocol, or a ValueError that lists them."""
+    for recipe in _RECIPES:
+        if name == recipe.name or name in recipe.protocols:
+            return recipe
+    raise ValueError(f"data: no {name!r}; there are {', '.join(RECIPES)}")

@@ -1,16 +1,24 @@
 """Recipes: the commands they print are ours, their facts those of the protocols and of TFDS."""
 
 import importlib.util
+import os
 import pathlib
+import pickle
 import re
 import shlex
+import subprocess
+import sys
 
+import numpy as np
 import pytest
+import scipy.io
 from absl import flags
 
 from sotalign_jax import main
 from sotalign_jax.captions import CAPTIONS
-from sotalign_jax.protocols import PROTOCOLS
+from sotalign_jax.encoders.sources import open_source
+from sotalign_jax.protocols import PROTOCOLS, read_labels
+from sotalign_jax.protocols.classification import CLASSIFICATION
 from sotalign_jax.protocols.prompts import TEMPLATES
 from sotalign_jax.recipes import RECIPES, find_recipe
 
@@ -71,10 +79,85 @@ def test_counts_are_those_of_the_protocols_and_of_the_tables():
         ("mmvp", ("mmvp", "all")),
     ):
         assert counts[key] == (CAPTIONS[name].records, CAPTIONS[name].captions), name
-    of_sets = [split.images for split in RECIPES["classification"].splits]
-    names = RECIPES["classification"].protocols
-    assert of_sets == [PROTOCOLS[name].images for name in names]
-    assert counts[("imagenet", "validation")][0] == PROTOCOLS["imagenet"].images
+    for protocol in CLASSIFICATION:
+        assert RECIPES[protocol.name].splits[-1].images == protocol.images
+
+
+def test_a_recipe_is_found_by_its_protocols_too():
+    assert find_recipe("coco_karpathy") is find_recipe("coco") is RECIPES["coco"]
+    assert find_recipe("cifar100").splits[0].remark == "100 of each of 100 classes"
+
+
+def prepare(name, root, files):
+    """The shell's commands of a recipe, on files as its data set has them."""
+    for path, text in files.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(text if isinstance(text, bytes) else text.encode())
+    # As the interpreter of these tests.
+    path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
+    for command in RECIPES[name].prepare:
+        subprocess.run(command, shell=True, cwd=root, check=True, env={"PATH": path})
+
+
+def ids_of(name, root):
+    """Ids and pictures of the images that the recipe encodes."""
+    (images,) = re.findall(r"--images=(\S+)", " ".join(RECIPES[name].commands))
+    source = open_source(str(root / images), "image")
+    return {record.id: record for part in range(len(source.parts)) for record in source.read(part)}
+
+
+def labels_of(name, root):
+    (labels,) = re.findall(r"--labels=(\S+)", " ".join(RECIPES[name].commands))
+    return read_labels(str(root / labels))
+
+
+def test_lists_of_food_and_textures_become_tables(tmp_path):
+    prepare("food101", tmp_path, {
+        "food-101/meta/test.txt": "apple_pie/1011328\nwaffles/7\n",
+        "food-101/images/apple_pie/1.jpg": "",
+    })  # fmt: skip
+    assert list(ids_of("food101", tmp_path)) == ["apple_pie/1011328", "waffles/7"]
+    prepare("dtd", tmp_path, {
+        "dtd/labels/test1.txt": "banded/banded_0002.jpg\nzigzagged/zigzagged_0119.jpg\n",
+        "dtd/images/banded/banded_0002.jpg": "",
+    })  # fmt: skip
+    assert list(ids_of("dtd", tmp_path)) == ["banded/banded_0002", "zigzagged/zigzagged_0119"]
+    assert (tmp_path / "dtd" / "classes.txt").read_text() == "banded\nzigzagged\n"
+
+
+def test_variants_of_aircraft(tmp_path):
+    data = "fgvc-aircraft-2013b/data"
+    prepare("aircraft", tmp_path, {
+        f"{data}/images_variant_test.txt": "1514522 707-320\n0747566 Model B200\n",
+        f"{data}/images/1514522.jpg": "",
+    })  # fmt: skip
+    assert list(ids_of("aircraft", tmp_path)) == ["1514522", "0747566"]
+    assert labels_of("aircraft", tmp_path) == {"1514522": "707-320", "0747566": "Model B200"}
+
+
+def test_flowers_by_their_test_rows_with_labels_from_0(tmp_path):
+    (tmp_path / "jpg").mkdir()
+    scipy.io.savemat(tmp_path / "setid.mat", {"tstid": np.array([[3, 1]])})
+    scipy.io.savemat(tmp_path / "imagelabels.mat", {"labels": np.array([[77, 5, 102]])})
+    prepare("flowers102", tmp_path, {})
+    assert list(ids_of("flowers102", tmp_path)) == ["image_00003", "image_00001"]
+    assert labels_of("flowers102", tmp_path) == {"image_00003": "101", "image_00001": "76"}
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_pictures_of_cifar_lie_in_folders_of_their_classes(name, tmp_path):
+    pillow = pytest.importorskip("PIL.Image")
+    file, key = {
+        "cifar10": ("cifar-10-batches-py/test_batch", b"labels"),
+        "cifar100": ("cifar-100-python/test", b"fine_labels"),
+    }[name]
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 32, 32), np.uint8)
+    batch = {b"data": pixels.reshape(2, 3_072), key: [9, 3], b"coarse_labels": [0, 0]}
+    prepare(name, tmp_path, {file: pickle.dumps(batch)})
+    found = ids_of(name, tmp_path)
+    assert list(found) == ["3/00001", "9/00000"]
+    shown = np.asarray(pillow.open(tmp_path / f"{name}_test" / "9" / "00000.png"))
+    np.testing.assert_array_equal(shown, pixels[0].transpose(1, 2, 0))
 
 
 def test_names_and_versions_are_those_of_tensorflow_datasets():

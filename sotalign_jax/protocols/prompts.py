@@ -112,7 +112,7 @@ def class_names(name: str, file: str | None = None) -> tuple[list[str], str]:
         + (f"install {have}, or " if have else "")
         + f"give --classnames=FILE with {CLASSES[name]} names, one a line, in the order of the "
         + "labels"
-        + (" (images/variants.txt of the data set)" if name == "aircraft" else "")
+        + (" (data/variants.txt of the data set)" if name == "aircraft" else "")
     )
 
 

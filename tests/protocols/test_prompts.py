@@ -115,7 +115,7 @@ def test_where_names_are_to_be_had_is_said(monkeypatch):
         class_names("aircraft")
     assert str(caught.value) == (
         "classnames: those of aircraft are not part of this package; give --classnames=FILE with "
-        "100 names, one a line, in the order of the labels (images/variants.txt of the data set)"
+        "100 names, one a line, in the order of the labels (data/variants.txt of the data set)"
     )
     with pytest.raises(ValueError, match="install open_clip_torch or clip_benchmark, or give"):
         class_names("imagenet")
