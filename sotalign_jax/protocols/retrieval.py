@@ -27,8 +27,10 @@ class RetrievalProtocol(Protocol):
             without ids are joined by row.
         first_captions: texts beyond so many of an image are left out, those later in the table.
         fewer: whether rows may be missing, because links died; what is left is joined by id.
-        members: numbers of images of this split by which it is told from others of its size, where
-            ids end in the twelve digits of COCO's files.
+        members: images of this split by which it is told from others of its size, where all ids
+            are names of files as ``names`` says.
+        names: pattern of these names, whose group is compared without zeros before it.
+        others: which splits have its size.
     """
 
     images: int
@@ -36,7 +38,9 @@ class RetrievalProtocol(Protocol):
     captions: int = 0
     first_captions: bool = False
     fewer: bool = False
-    members: tuple[int, ...] = ()
+    members: tuple[str, ...] = ()
+    names: str = r"(?<!\d)(\d{12})$"
+    others: str = "val2017 and Karpathy's test and validation splits have 5,000 other images each"
 
     @property
     def expected(self) -> str:
@@ -147,15 +151,14 @@ class RetrievalProtocol(Protocol):
         """Refuses rows that have the right number and are another split."""
         if not self.members:
             return
-        found = [re.search(r"(?<!\d)\d{12}$", name) for name in ids.tolist()]
+        found = [re.search(self.names, name) for name in ids.tolist()]
         if not all(found):
-            return  # not named after COCO's files: nothing to tell by
-        numbers = {int(match[0]) for match in found if match}
-        absent = [number for number in self.members if number not in numbers]
+            return  # not named after the files: nothing to tell by
+        here = {match[1].lstrip("0") for match in found if match}
+        absent = [name for name in self.members if name not in here]
         if absent:
             raise self.refuse(
-                f"but image {absent[0]}, which belongs to it, is not in {image.name}",
-                "val2017 and Karpathy's test and validation splits have 5,000 other images each",
+                f"but image {absent[0]}, which belongs to it, is not in {image.name}", self.others
             )
 
 
@@ -221,7 +224,7 @@ RETRIEVAL = (
         texts=25_000,
         captions=5,
         first_captions=True,
-        members=(139, 581781),
+        members=("139", "581781"),
     ),
     RetrievalProtocol(
         name="coco_karpathy",
@@ -235,7 +238,7 @@ RETRIEVAL = (
         remark="not comparable with COCO val2017, which has other images; SOTAlign reports that",
         images=5_000,
         texts=25_010,
-        members=(391895,),
+        members=("391895",),
     ),
     RetrievalProtocol(
         name="flickr30k",
@@ -249,6 +252,10 @@ RETRIEVAL = (
         images=1_000,
         texts=5_000,
         captions=5,
+        members=("1007129816", "1009434119"),
+        # As in Flickr30k, Flickr8k or COCO.
+        names=r"(?:^|/)([1-9]\d{4,11}(?:_[0-9a-f]{8,10})?|(?:COCO_\w+_)?\d{12})$",
+        others="Flickr8k's test split and a fifth of COCO's have 1,000 images with five texts too",
     ),
     RetrievalProtocol(
         name="cc3m_val",

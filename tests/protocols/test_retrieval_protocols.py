@@ -143,6 +143,7 @@ def test_the_known_splits_are_taken():
     assert len(rows.text) == 25_010
     flickr = [f"{number}" for number in range(1_000)]
     assert len(FLICKR.select(table(flickr, "i"), table(flickr * 5, "t")).text) == 5_000
+    assert len(FLICKR.select(table(FLICKR_IDS, "i"), table(FLICKR_IDS * 5, "t")).text) == 5_000
     for form in ("row-{}x", "{}", "image_{}"):  # of the user's own, with nothing to tell by
         own = [form.format(index) for index in range(5_000)]
         assert len(COCO.select(table(own, "i"), table(own * 5, "t")).image) == 5_000
@@ -159,6 +160,8 @@ def refusal(protocol, image, text):
     return message
 
 
+FLICKR_IDS = [f"{number}" for number in (1007129816, 1009434119, *range(36_979, 37_977))]
+FLICKR8K_IDS = [f"{number}_e7944{number:05d}" for number in range(36_979, 37_979)]
 KARPATHY_IDS = [f"COCO_val2014_{number:012d}" for number in (391895, *range(1, 5_000))]
 NAMES = [f"{number}" for number in range(1, 1_015)]
 EXPECTED = {
@@ -192,6 +195,13 @@ EXPECTED = {
         ("coco_karpathy", KARPATHY_IDS,
          [*KARPATHY_IDS * 5, *KARPATHY_IDS[:14]],
          "found 25,014 texts in T; all captions of COCO val2017, not cut to five"),
+        *(
+            ("flickr30k", ids, ids * 5,
+             "but image 1007129816, which belongs to it, is not in I; Flickr8k's test split and a "
+             "fifth of COCO's have 1,000 images with five texts too")
+            for ids in ([*FLICKR_IDS[1:], "99999"], FLICKR8K_IDS,
+                        KARPATHY_IDS[:1000])
+        ),
         ("flickr30k", [*NAMES[:999], "1"], NAMES[:1000] * 5,
          "but 1 (first: '1') of image ids in I occur more than once; each must be there once"),
         ("flickr30k", NAMES[:1000], [*NAMES[:999] * 5, *"yyyxx"],
