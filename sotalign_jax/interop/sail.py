@@ -47,7 +47,11 @@ def read_sail_heads(path: str | os.PathLike) -> Aligner:
         Zhang et al., Assessing and Learning Alignment of Unimodal Vision and Language Models,
         CVPR 2025 (SAIL).
     """
-    tensors = _read(Path(path))
+    # A model wrapped for several devices puts "module." before its names, a whole one "vlhead.".
+    tensors = {
+        name.removeprefix("module.").removeprefix("vlhead."): value
+        for name, value in _read(Path(path)).items()
+    }
     if not any(name.startswith("vision_mapping_network.") for name in tensors):
         shown = ", ".join(sorted(tensors)[:4])
         raise ValueError(f"{path}: no vision_mapping_network; not SAIL heads (it has {shown} ...)")
@@ -70,7 +74,11 @@ def read_sail_heads(path: str | os.PathLike) -> Aligner:
             found[f"{ours}.{our}.kernel"] = _take(tensors, f"{mapping}{name}weight").T
             found[f"{ours}.{our}.bias"] = _take(tensors, f"{mapping}{name}bias")
     if tensors:
-        raise ValueError(f"{path}: tensors that we have no place for: {', '.join(sorted(tensors))}")
+        shown = ", ".join(sorted(tensors)[:4])
+        raise ValueError(
+            f"{path}: {len(tensors)} tensors that we have no place for: {shown} ...; save the two "
+            "layer norms, the two mapping networks and the logit scale and bias alone"
+        )
     return _aligner(str(path), kind, found)
 
 
@@ -130,12 +138,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
         raise ValueError(f"{path}: not a dictionary of tensors, nor one under 'state_dict'")
-    # A model wrapped for several devices puts "module." before its names, a whole one "vlhead.".
-    plain = {
-        name.removeprefix("module.").removeprefix("vlhead."): value.float().numpy()
-        for name, value in state.items()
-    }
-    return plain
+    return {name: value.float().numpy() for name, value in state.items()}
 
 
 def _take(tensors: dict[str, np.ndarray], name: str) -> np.ndarray:

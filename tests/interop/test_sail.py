@@ -94,6 +94,17 @@ def test_pytorch_files(wrap, tmp_path):
     np.testing.assert_array_equal(one.embed_image(rows), other.embed_image(rows))
 
 
+@pytest.mark.parametrize("prefix", ["vlhead.", "module.vlhead."])
+def test_names_of_a_whole_model_in_a_safetensors_file(prefix, tmp_path):
+    tensors = checkpoint("mlp", np.random.default_rng(1))
+    one = read_sail_heads(
+        saved({f"{prefix}{k}": v for k, v in tensors.items()}, tmp_path / "whole.safetensors")
+    )
+    other = read_sail_heads(saved(tensors, tmp_path / "head.safetensors"))
+    rows = np.random.default_rng(2).normal(size=(3, 6)).astype(np.float32)
+    np.testing.assert_array_equal(one.embed_image(rows), other.embed_image(rows))
+
+
 def broken(change):
     tensors = checkpoint("star", np.random.default_rng(3))
     change(tensors)
@@ -105,7 +116,13 @@ def broken(change):
     [
         (lambda t: t.pop("logit_bias"), "logit_bias: missing"),
         (lambda t: t.pop("text_layer_norm.bias"), r"text_layer_norm\.bias: missing"),
-        (lambda t: t.update(more=np.zeros(2, np.float32)), "no place for: more"),
+        (
+            lambda t: t.update(
+                {f"vision_model.{i}": np.zeros(2, np.float32) for i in range(1_000)}
+            ),
+            r"head.safetensors: 1000 tensors that we have no place for: vision_model\.0, "
+            r"vision_model\.1, vision_model\.10, vision_model\.100 \.\.\.; save the two layer",
+        ),
         (lambda t: t.pop("vision_mapping_network.f1.weight"), "is none of linear, mlp, star"),
         (
             lambda t: t.update({"vision_mapping_network.g.bias": np.zeros(3, np.float32)}),
