@@ -17,6 +17,7 @@ from sotalign_jax import evaluation, features, fitted, reports, sweeps, training
 from sotalign_jax.config import Config, validate
 from sotalign_jax.features import FeatureTable, Pairs
 from sotalign_jax.fitted import FittedAligner
+from sotalign_jax.interop.heads import FORMAT as HEADS
 from sotalign_jax.models import Aligner
 from sotalign_jax.training import distributed
 from sotalign_jax.training.evaluate import CHUNK, check_width
@@ -387,6 +388,15 @@ def _describe_aligner(table: Table, path: Path) -> None:
 
 def _describe_run(table: Table, path: Path) -> None:
     config = read_json(path / "config.json")
+    if config.get("format") == HEADS:
+        for name, value in config.items():
+            table.add_row(name, json.dumps(value))
+        return
+    if not {"objective", "data", "steps"} <= config.keys():
+        raise ValueError(
+            f"{path}: config.json is of no run; give features, an aligner, a run or what "
+            "`sotalign export` wrote"
+        )
     if (aligner := config.get("aligner", "layers")) == "layers":
         start = f"{config['objective']} from a {config['model']['init']} start"
         table.add_row("objective", start)

@@ -69,7 +69,7 @@ def model_card(
         lines += [f"{field} = {json.dumps(value)}" for field, value in changed.items()]
         lines += ["```"]
     lines += ["", "## Held-out retrieval", "", *_scores(results or {})]
-    lines += ["", "## Forward pass", "", _line(document["recipe"]) + "."]
+    lines += ["", "## Forward pass", "", "```", *document["recipe"].split("; "), "```"]
     if loader:
         lines += [
             "",

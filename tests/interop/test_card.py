@@ -57,6 +57,7 @@ def test_a_run():
     assert "50.0" in teacher
     assert LOADER.rstrip() in body
     assert "| val" not in body
+    assert "## Forward pass\n\n```\nx = x / |x|\ndone\n```\n" in body
 
 
 def test_a_teacher_is_not_called_a_trained_model():

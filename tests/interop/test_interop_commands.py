@@ -70,6 +70,17 @@ def test_the_teacher_of_a_run(run, tmp_path):
     assert "- method: the linear teacher alone, cca\n" in card
 
 
+def test_what_was_exported_can_be_inspected(run, tmp_path, capsys):
+    interop_commands.export_model(str(run), str(tmp_path / "heads"), QUIET)
+    commands.inspect([str(tmp_path / "heads")], Console(width=200))
+    shown = capsys.readouterr().out
+    assert "sotalign.heads" in shown and "layer_norm" in shown and "logit_scale" in shown
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(ValueError, match=r"other: config\.json is of no run; give features, an"):
+        commands.inspect([str(tmp_path / "other")], QUIET)
+
+
 def test_embeddings_of_the_test_pairs(run, tmp_path):
     interop_commands.export_embeddings(str(run), str(tmp_path / "index"), console=QUIET)
     commands.embed(str(run), out=str(tmp_path / "stores"), console=QUIET)
