@@ -169,7 +169,7 @@ def evaluate(
     if out is not None and Path(out).exists():
         raise ValueError(f"out: {out} exists; give another file or remove it")
     aligner = load_aligner(workdir)
-    pairs = given_pairs(image, text) or test_pairs(workdir)
+    pairs = given_pairs(aligner, image, text) or test_pairs(workdir)
     with progress(console, "rows", len(pairs.image) + len(pairs.text)) as advance:
         scores = training.evaluate(aligner, pairs, progress=advance)
     table = retrieval_table(f"{len(pairs.image)} images, {len(pairs.text)} texts")
@@ -316,7 +316,10 @@ def progress(console: Console, unit: str, total: int) -> Iterator[Callable[[int]
         bar.close()
 
 
-def given_pairs(image: str | None, text: str | None) -> Pairs | None:
+def given_pairs(
+    aligner: Aligner | FittedAligner, image: str | None, text: str | None
+) -> Pairs | None:
+    """Pairs of two paths of features that the aligner takes; None without any."""
     if image is None and text is None:
         return None
     if image is None or text is None:
@@ -325,6 +328,8 @@ def given_pairs(image: str | None, text: str | None) -> Pairs | None:
         features.open_features(image, modality="image"),
         features.open_features(text, modality="text"),
     )
+    check_width(aligner, "image", pairs.image)  # before rows are read
+    check_width(aligner, "text", pairs.text)
     features.check_finite(pairs.image)
     features.check_finite(pairs.text)
     return pairs

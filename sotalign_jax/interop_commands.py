@@ -79,7 +79,7 @@ def export_embeddings(
     console = console or make_console()
     check_absent(out)
     aligner = commands.load_aligner(workdir)
-    pairs = commands.given_pairs(image, text) or commands.test_pairs(workdir)
+    pairs = commands.given_pairs(aligner, image, text) or commands.test_pairs(workdir)
     captions = _captions(text, pairs)
 
     def rows(side: str, table: features.FeatureTable) -> Iterator[np.ndarray]:

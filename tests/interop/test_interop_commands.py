@@ -111,6 +111,19 @@ def test_embeddings_of_images_with_several_captions(run, tmp_path):
     assert metadata["caption"].to_pylist() == [f"caption {i}" for i in range(5)]
 
 
+def test_another_width_is_told_before_rows_are_read(run, tmp_path):
+    """By rows that could not be used if they were."""
+    aligner = Aligner.load(run / "aligner")
+    np.save(tmp_path / "image.npy", np.full((3, aligner.image_dim), np.nan, np.float32))
+    np.save(tmp_path / "text.npy", np.zeros((3, aligner.text_dim + 1), np.float32))
+    given = str(tmp_path / "image.npy"), str(tmp_path / "text.npy")
+    message = f"text: .* has {aligner.text_dim + 1} columns, but the aligner takes"
+    with pytest.raises(ValueError, match=message):
+        interop_commands.export_embeddings(str(run), str(tmp_path / "a"), *given, console=QUIET)
+    with pytest.raises(ValueError, match=message):
+        commands.evaluate(str(run), *given, console=QUIET)
+
+
 def test_heads_of_sail_become_an_aligner(tmp_path):
     tensors = checkpoint("star", np.random.default_rng(1))
     path = saved(tensors, tmp_path / "head.safetensors")
