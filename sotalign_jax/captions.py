@@ -69,10 +69,15 @@ def read_captions_of(
             f"annotations: {path}: no such file; {table.name} is read from {table.file}"
         )
     records = captions = 0
-    for record in table.read(path, options):
-        records += 1
-        captions += len(record["caption"]) if isinstance(record["caption"], list) else 1
-        yield record
+    try:
+        for record in table.read(path, options):
+            records += 1
+            captions += len(record["caption"]) if isinstance(record["caption"], list) else 1
+            yield record
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(
+            f"annotations: {path}: not text in UTF-8 as {table.file}, unpacked ({error})"
+        ) from None
     found, expected = (records, captions), (table.records, table.captions)
     if table.fewer and 0 < records <= table.records and captions <= table.captions:
         return

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import gzip
 import json
 
 import pytest
@@ -257,3 +258,14 @@ def test_counts_are_those_that_people_know():
     assert [sum(column) for column in zip(*of_flickr, strict=True)] == [31_014, 155_070]
     assert counts["cc3m_train"][0] == 3_318_333 and counts["cc3m_val"][0] == 15_840
     assert counts["winoground"] == (800, 800) and counts["mmvp"] == (270, 270)
+
+
+@pytest.mark.parametrize("name", ["cc12m", "wikitext103", "winoground", "mmvp", "dreamlip_cc3m"])
+def test_archives_are_to_be_unpacked(name, tmp_path):
+    (tmp_path / "annotations").write_bytes(gzip.compress(b"caption\thttp://a\n"))
+    with pytest.raises(ValueError) as caught:
+        write_captions(name, tmp_path / "annotations", tmp_path / "out.jsonl")
+    assert str(caught.value).startswith(
+        f"annotations: {tmp_path / 'annotations'}: not text in UTF-8 as {CAPTIONS[name].file}, "
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["annotations"]

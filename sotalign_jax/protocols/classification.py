@@ -13,7 +13,7 @@ import dataclasses
 import json
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -200,28 +200,30 @@ def read_labels(path: str) -> dict[str, str]:
     if not file.is_file():
         raise ValueError(f"labels: {path}: no such file")
     found: dict[str, str] = {}
-    with open(file, encoding="utf-8-sig", newline="") as lines:
-        rows: Any
-        if file.suffix.lower() in (".jsonl", ".ndjson"):
-            rows = (_json_line(line, f"{path}:{n}") for n, line in enumerate(lines, 1))
-        else:
-            rows = csv.DictReader(lines)
-        for number, row in enumerate(rows, 1):
+    try:
+        for number, row in enumerate(_label_rows(file), 1):
             if not isinstance(row, dict) or row.get("id") is None or row.get("label") is None:
                 raise ValueError(f"labels: {path}: row {number} has no id or no label")
             name, label = str(row["id"]), str(row["label"])
             if found.setdefault(name, label) != label:
                 raise ValueError(f"labels: {path}: {name!r} has labels {found[name]!r}, {label!r}")
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"labels: {path}: not CSV or JSON lines in UTF-8 ({error})") from None
     if not found:
         raise ValueError(f"labels: {path}: no labels in it")
     return found
 
 
-def _json_line(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"labels: {where}: not JSON ({error})") from None
+def _label_rows(file: pathlib.Path) -> Iterator[Any]:
+    with open(file, encoding="utf-8-sig", newline="") as lines:
+        if file.suffix.lower() not in (".jsonl", ".ndjson"):
+            yield from csv.DictReader(lines)
+            return
+        for number, line in enumerate(lines, 1):
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"labels: {file}:{number}: not JSON ({error})") from None
 
 
 def _protocol(

@@ -132,7 +132,10 @@ def read_class_names(file: str, name: str) -> list[str]:
     path = pathlib.Path(file)
     if not path.is_file():
         raise ValueError(f"classnames: {file}: no such file")
-    text = path.read_text(encoding="utf-8-sig")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"classnames: {file}: not text in UTF-8 ({error})") from None
     if text.lstrip().startswith("["):
         try:
             found = json.loads(text)

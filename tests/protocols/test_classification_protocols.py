@@ -1,6 +1,7 @@
 """Zero-shot classification from tables: ensembling by the head, labels by their rule, refusals."""
 
 import dataclasses
+from csv import field_size_limit
 
 import numpy as np
 import pytest
@@ -124,6 +125,19 @@ def test_labels_are_read_from_csv_and_json_lines(tmp_path):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
             read_labels(str(file))
+    for file in (csv, lines):
+        file.write_bytes(b"id,label\n\xff\xfe,1\n")
+        with pytest.raises(
+            ValueError, match=f"labels: .*{file.name}: not CSV or JSON lines in UTF"
+        ):
+            read_labels(str(file))
+    csv.write_text("id,label\n" + "x" * 2_000 + ",1\n")
+    limit = field_size_limit(1_000)
+    try:
+        with pytest.raises(ValueError, match=r"labels: .*csv: not CSV .* \(field larger than"):
+            read_labels(str(csv))
+    finally:
+        field_size_limit(limit)
     with pytest.raises(ValueError, match=r"none\.csv: no such file"):
         read_labels(str(tmp_path / "none.csv"))
 

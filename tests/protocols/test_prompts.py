@@ -105,6 +105,9 @@ def test_names_from_a_file(tmp_path):
         lines.write_text(text)
         with pytest.raises(ValueError, match=f"classnames: .*names.txt: {message}"):
             class_names("aircraft", str(lines))
+    lines.write_bytes(b"\xff\xfea\n")
+    with pytest.raises(ValueError, match=r"classnames: .*names\.txt: not text in UTF-8"):
+        class_names("aircraft", str(lines))
     with pytest.raises(ValueError, match=r"none\.txt: no such file"):
         class_names("aircraft", str(tmp_path / "none.txt"))
 
