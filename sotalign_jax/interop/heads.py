@@ -34,7 +34,8 @@ OPS = {
     "shift": lambda x, a: x + a,
     "scale": lambda x, a: x * a,
     "layer_norm": lambda x, a, b: F.layer_norm(x, x.shape[-1:], a, b),
-    "linear": F.linear, "gelu": F.gelu,
+    "linear": F.linear,
+    "gelu": F.gelu,
     "gated": lambda x, a, b, c, d: F.relu6(F.linear(x, a, b)) * F.linear(x, c, d).clamp(-1e3, 1e3),
 }
 
