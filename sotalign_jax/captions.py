@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from sotalign_jax.files import replace_text_parts
+from sotalign_jax.files import check_absent, replace_text_parts
 
 __all__ = ["CAPTIONS", "CaptionTable", "read_captions_of", "write_captions"]
 
@@ -119,8 +119,7 @@ def write_captions(
     if (variant is not None or urls is not None) and not name.startswith("dreamlip"):
         raise ValueError(f"--variant, --urls: are of dreamlip_cc3m, not of {name}")
     target = pathlib.Path(out)
-    if target.exists():
-        raise ValueError(f"out: {target} exists; give another file or remove it")
+    check_absent(target, what="file")
     counts = [0, 0]
 
     def lines() -> Iterator[str]:

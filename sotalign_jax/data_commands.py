@@ -15,7 +15,7 @@ from rich.table import Table
 
 from sotalign_jax import commands, protocols
 from sotalign_jax.captions import CAPTIONS, write_captions
-from sotalign_jax.files import replace_text_parts
+from sotalign_jax.files import check_absent, replace_text_parts
 from sotalign_jax.protocol_commands import run_protocol
 from sotalign_jax.recipes import RECIPES, find_recipe
 from sotalign_jax.training.metrics import make_console
@@ -135,8 +135,7 @@ def prompts(
     name: str, out: str, classnames: str | None = None, console: Console | None = None
 ) -> None:
     """Write the prompts of a zero-shot data set, a line each."""
-    if Path(out).exists():
-        raise ValueError(f"out: {out} exists; give another file or remove it")
+    check_absent(out, what="file")
     names, source = protocols.class_names(name, classnames)
     lines = [
         json.dumps({"id": key, "caption": caption}) + "\n"

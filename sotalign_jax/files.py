@@ -106,10 +106,10 @@ def new_directory(path: str | os.PathLike, name: str = "out") -> Iterator[Path]:
         raise
 
 
-def check_absent(path: str | os.PathLike, name: str = "out") -> None:
+def check_absent(path: str | os.PathLike, name: str = "out", what: str = "directory") -> None:
     """Raises a ValueError that calls it ``name`` where something stands under a path."""
     if Path(path).exists():
-        raise ValueError(f"{name}: {path} exists; give another directory or remove it")
+        raise ValueError(f"{name}: {path} exists; give another {what} or remove it")
 
 
 @contextlib.contextmanager

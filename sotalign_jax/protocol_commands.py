@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sotalign_jax import commands, features, protocols
+from sotalign_jax.files import check_absent
 from sotalign_jax.protocols import Protocol
 from sotalign_jax.training.metrics import make_console
 from sotalign_jax.training.workdir import write_json
@@ -39,8 +40,8 @@ def run_protocol(
     classifies = isinstance(protocol, protocols.ClassificationProtocol)
     if labels is not None and not classifies:
         raise ValueError(f"--labels: protocol {name} is no classification and has none")
-    if out is not None and Path(out).exists():
-        raise ValueError(f"out: {out} exists; give another file or remove it")
+    if out is not None:
+        check_absent(out, what="file")
     options = {"labels": protocols.read_labels(labels)} if labels is not None else {}
     aligner = commands.load_aligner(workdir)
     tables = [
