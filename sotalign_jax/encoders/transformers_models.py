@@ -199,6 +199,7 @@ def _padding(
         "padding": side if masked else f"{side}, always to {longest}",
         "end": preset.end if preset else None,
         "lower": preprocess.lower,
+        "strip": True,
         "tokenizer": type(tokenizer).__name__,
     }
 

@@ -1,5 +1,6 @@
 """Towers against the outputs of transformers itself, on tiny random models of each architecture."""
 
+import inspect
 import json
 import pathlib
 import pickle
@@ -285,6 +286,15 @@ def test_prompts_and_lengths_are_the_tokenizers_own(saved):
     assert got[0] == 257 and got[-1] == 258
 
 
+def test_white_space_around_a_text_is_no_token(saved):
+    preprocess = load(
+        saved("bert"), "text", backend="torch", pooling="mean", prompt=" q:"
+    ).preprocess
+    wanted = preprocess("a cat")["input_ids"].tolist()
+    assert preprocess.tokenizer.decode(wanted) == "<s>q:a cat</s>"
+    assert preprocess("a cat \n")["input_ids"].tolist() == wanted
+
+
 def test_what_a_text_ends_with(saved):
     from sotalign_jax.encoders.preprocess import TextPreprocessor
 
@@ -312,6 +322,16 @@ def test_preprocessors_travel_and_refuse(saved, pictures):
             preprocess(3)
     with pytest.raises(ValueError, match=r"not valid Unicode"):
         preprocess("\ud800")
+
+
+def test_pictures_that_would_not_fit_into_memory(saved):
+    narrow = Image.new("L", (1, 90_000))
+    preprocess = load(saved("dinov2"), "image", backend="torch").preprocess
+    with pytest.raises(ValueError, match=r"too narrow: 1 x 90000 pixels, .* side at 32"):
+        preprocess(narrow)
+    assert preprocess(Image.new("L", (1, 3_000)))["pixel_values"].shape == (3, 28, 28)
+    # It makes them square, whatever they are.
+    assert load(saved("vit"), "image", backend="torch").preprocess(narrow)
 
 
 def test_pictures_of_any_kind(saved):
@@ -357,7 +377,7 @@ def sentence_files(folder, *, pooling, normalize=True, stage="Normalize"):
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
     facts = {"max_seq_length": 11, "do_lower_case": True}
     (folder / "sentence_bert_config.json").write_text(json.dumps(facts))
-    prompts = {"prompts": {"q": "q: "}, "default_prompt_name": "q"}
+    prompts = {"prompts": {"q": "Q: "}, "default_prompt_name": "q"}
     (folder / "config_sentence_transformers.json").write_text(json.dumps(prompts))
 
 
@@ -371,7 +391,7 @@ def test_sentence_transformers_files(saved, tmp_path, pooling):
     encoder = load(folder, "text", backend="torch")
     said = encoder.description
     assert (said.pooling, said.normalized) == ("cls", True)
-    assert (said.settings["prompt"], said.settings["max_length"]) == ("q: ", 11)
+    assert (said.settings["prompt"], said.settings["max_length"]) == ("Q: ", 11)
     wanted = hidden_of_texts(saved("bert"), "bert", ["q: a cat"])[0][0].last_hidden_state[:, 0]
     assert_close(encode(encoder, ["A CAT"]), torch.nn.functional.normalize(wanted))
     # What is given overrides what the files say.
@@ -393,6 +413,9 @@ def test_sentence_transformers_files_that_are_not_known(saved, tmp_path):
     with pytest.raises(ValueError, match=r"stages Transformer, Pooling, Dense"):
         load(folder, "text", backend="torch")
     assert load(folder, "text", backend="torch", pooling="mean").description.pooling == "mean"
+    (folder / "modules.json").write_text("[{")
+    with pytest.raises(ValueError, match=r"^name: .*modules\.json is not JSON"):
+        load(folder, "text", backend="torch")
 
 
 REFUSED = {
@@ -443,6 +466,26 @@ def test_refusals(saved, message):
     family, modality, options = REFUSED[message]
     with pytest.raises(ValueError, match=f"^{message}"):
         load(saved(family), modality, **({"backend": "torch"} | options))
+
+
+@pytest.mark.parametrize(
+    "option,value,right",
+    [
+        ("normalize", "False", "true or false"),  # as --option=normalize=False is read
+        ("final_norm", 1, "true or false"),
+        ("trust_remote_code", "False", "true or false"),
+        ("pooling", True, "a string"),
+        ("prompt", 3, "a string"),
+        ("revision", 12, "a string"),
+        ("max_length", "8", "a whole number"),
+        ("batch_size", True, "a whole number"),
+    ],
+)
+def test_options_of_another_type(saved, option, value, right):
+    unchecked = inspect.unwrap(load_encoder)  # outside of tests nothing else looks at types
+    options = {"layer": 1} if option == "final_norm" else {}
+    with pytest.raises(ValueError, match=f"^{option}: must be {right}, got {value!r}$"):
+        unchecked(str(saved("bert")), "text", backend="torch", **options, **{option: value})
 
 
 @with_torchax
