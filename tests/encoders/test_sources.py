@@ -112,7 +112,7 @@ def test_quotes_that_are_characters(tmp_path):
 def test_the_id_is_a_column_or_the_path_of_the_image_or_the_row(tmp_path, monkeypatch):
     (tmp_path / "a.csv").write_text("id,image,caption\nx,1.jpg,one\n,2.jpg,two\n")
     assert texts(tmp_path / "a.csv") == [("x", "one"), ("row 1", "no id")]
-    (tmp_path / "b.csv").write_text(f"image,caption\n./c/../1.jpg,one\n{tmp_path}/d/2.jpg,two\n")
+    (tmp_path / "b.csv").write_text(f"image,caption\n.\\c\\..\\1.jpg,one\n{tmp_path}/d/2.jpg,two\n")
     assert texts(tmp_path / "b.csv") == [("1", "one"), ("d/2", "two")]
     monkeypatch.chdir(tmp_path)
     assert texts("b.csv") == [("1", "one"), ("d/2", "two")]
@@ -346,6 +346,11 @@ def test_samples_of_archives(tmp_path, suffix, mode):
         ("b.c/002", "four"),
         ("003", "not UTF-8"),
     ]
+
+
+def test_names_that_begin_at_the_folder(tmp_path):
+    write_tar(tmp_path / "t.tar", [("./a/0.jpg", b"a"), ("./1.jpg", b"b")])
+    assert images(tmp_path / "t.tar") == [("a/0", b"a"), ("1", b"b")]
 
 
 def test_samples_of_one_key_are_not_mixed(tmp_path):

@@ -162,7 +162,7 @@ class _Reading:
 
     def _files_of(self, archive: tarfile.TarFile) -> Iterator[tuple[str, str, bytes | None]]:
         for member in archive:
-            match = _NAME.fullmatch(member.name)
+            match = _NAME.fullmatch(member.name.removeprefix("./"))  # as of `tar -C FOLDER .`
             if not member.isfile() or match is None:
                 continue
             key, suffix = match[1], match[2].lower()
