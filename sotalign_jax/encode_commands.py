@@ -50,6 +50,8 @@ _CALLABLE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 _TEXT_BATCHES = 16
 _LEFT = 75  # EX_TEMPFAIL of sysexits.h
 _CTRL_C = 130  # as shells say it
+# Between two lines of a log that say how fast a part is encoded.
+_SECONDS_A_LINE = 60.0
 # A share of items left out that is said aloud.
 _LOUD = 0.01
 
@@ -155,18 +157,20 @@ def _progress(console: Console, source: Source, shards: tuple[int, int] | None) 
     unit = f"{source.modality}s" if by_rows else "parts"
     bar = ProgressBar(console, total, 0, unit=unit)
     started, shown, before = time.monotonic(), -1, None
+    said = started
 
     def show(progress: Progress) -> None:
-        nonlocal shown, before
+        nonlocal shown, before, said
         if before is None:
             before = progress.records
         if progress.records == before:
             return
-        at = progress.records if by_rows else progress.parts
-        if at == shown and not console.is_terminal:
+        at, now = progress.records if by_rows else progress.parts, time.monotonic()
+        # A part may take hours: in a log, too, it is to be seen that they are not spent in vain.
+        if at == shown and not console.is_terminal and now - said < _SECONDS_A_LINE:
             return
-        shown = at
-        rate = (progress.records - before) / max(time.monotonic() - started, 1e-9)
+        shown, said = at, now
+        rate = (progress.records - before) / max(now - started, 1e-9)
         bar.update(at, {"time/rows_per_second": rate})
 
     try:

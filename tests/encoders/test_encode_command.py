@@ -221,6 +221,17 @@ def test_what_can_be_known_is_said_before_an_encoder_is_read(here, tmp_path, mon
         assert status == 2 and message in err, err
 
 
+def test_a_log_says_how_fast_a_long_part_is(here, tmp_path, monkeypatch):
+    (tmp_path / "my_encoder.py").write_text(blocks("python")[0])
+    (tmp_path / "t.jsonl").write_text('{"caption": ["one", "two", "three"]}\n')
+    words = ["encode", "--texts=t.jsonl", "--encoder=my_encoder:text", "--workers=0"]
+    for seconds, lines in ((60.0, 1), (0.0, 3)):
+        monkeypatch.setattr(encode_commands, "_SECONDS_A_LINE", seconds)
+        status, out, _ = here(*words, "--batch_size=1", f"--out=o{lines}")
+        assert status == 0 and len(re.findall(r"parts 0/1  rows/s [\d,]+$", out, re.M)) == lines
+        assert len(re.findall(r"parts 1/1  rows/s", out)) == 1
+
+
 def test_a_packaged_encoder_that_is_none(here, tmp_path):
     (tmp_path / "t.txt").write_text("one\n")
     status, _, err = here("encode", "--texts=t.txt", "--encoder=packaged:minilm", "--out=o")
