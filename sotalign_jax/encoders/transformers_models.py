@@ -121,11 +121,12 @@ def load_transformers(
             prompt = preset.prompt if preset else facts.prompt if facts else ""
         if max_length is None and (preset or facts):
             max_length = preset.max_length if preset else facts.max_length if facts else None
+        end = preset.end if preset else family.end if family else None
         preprocess = TextPreprocessor(
             tokenizer,
             prompt=prompt,
             max_length=_check_length(max_length, tokenizer, config, name),
-            end=preset.end if preset else None,
+            end=end,
             lower=bool(facts and facts.lower),
         )
         items, said = _padding(preprocess, family, preset, name)
@@ -197,7 +198,7 @@ def _padding(
         "max_length": longest,
         "truncation": "right",
         "padding": side if masked else f"{side}, always to {longest}",
-        "end": preset.end if preset else None,
+        "end": None if preprocess.end is None else tokenizer.convert_ids_to_tokens(preprocess.end),
         "lower": preprocess.lower,
         "strip": True,
         "tokenizer": type(tokenizer).__name__,

@@ -279,6 +279,15 @@ def test_an_option_overrides_a_preset(monkeypatch, saved):
     assert (said.settings["prompt"], said.settings["max_length"]) == ("", 9)
 
 
+def test_a_copy_of_nv_embed_is_used_as_its_preset_is(monkeypatch, saved):
+    folder = saved("nvembed")
+    options = {"devices": 1, "batch_size": 5, "backend": "torch", "max_length": 64}
+    preset = load(monkeypatch, folder, "nv-embed-v2", **options)
+    copy = load_encoder(str(folder), "text", **options)
+    assert copy.description.settings == preset.description.settings
+    np.testing.assert_array_equal(encode(copy, TEXTS), encode(preset, TEXTS))
+
+
 def test_a_preset_of_another_architecture_is_refused(monkeypatch, saved):
     with pytest.raises(ValueError, match=r"name: the preset 'e5-large' is of a bert, but .* qwen3"):
         load(monkeypatch, saved("qwen3"), "e5-large")
