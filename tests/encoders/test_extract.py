@@ -1,5 +1,6 @@
 """Encoding into a store: what is written, what is left out, and the same after any interruption."""
 
+import contextlib
 import io
 import json
 import os
@@ -322,6 +323,38 @@ def test_a_part_that_another_process_has_is_left_to_it(tmp_path):
     run(folder, "image", tmp_path / "a")
     assert run(folder, "image", tmp_path / "b").complete
     assert everything(tmp_path / "a") == everything(tmp_path / "b")
+
+
+def test_a_part_whose_process_died_meanwhile_is_done_too(tmp_path):
+    folder, home = image_folder(tmp_path, 20), WorkingDirectory(tmp_path / "b")
+    run(folder, "image", tmp_path / "b", shards=(2, 3))
+    with contextlib.ExitStack() as other:
+        assert other.enter_context(lock(home.lock(0)))
+
+        def dies(items):
+            other.close()
+            return tiny_encoder.image(items)
+
+        assert run(folder, "image", tmp_path / "b", function=dies).complete
+    run(folder, "image", tmp_path / "a")
+    assert everything(tmp_path / "a") == everything(tmp_path / "b")
+
+
+def test_a_part_that_another_process_has_just_finished_is_left_as_it_is(tmp_path, monkeypatch):
+    folder, calls = image_folder(tmp_path, 20), []
+    run(folder, "image", tmp_path / "b", shards=(2, 3))
+
+    @contextlib.contextmanager
+    def late(path):
+        if path.name == "part-00000.lock" and not calls:
+            calls.append("another")
+            run(folder, "image", tmp_path / "b", shards=(0, 1))
+        with lock(path) as free:
+            yield free
+
+    monkeypatch.setattr(extract, "lock", late)
+    assert run(folder, "image", tmp_path / "b", function=fails_later_never(calls)).complete
+    assert calls == ["another", 3, 3, 1]  # of part 1 alone
 
 
 def test_what_is_done_is_not_done_again(tmp_path):
