@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tiny_encoder
+from PIL import Image
 from tiny_encoder import encoder, png
 
 import sotalign_jax
@@ -211,6 +212,21 @@ def test_workers_change_nothing(tmp_path):
     run(folder, "image", tmp_path / "a")
     run(folder, "image", tmp_path / "b", workers=2)
     assert everything(tmp_path / "a") == everything(tmp_path / "b")
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_transparent_images_are_laid_over_a_background(tmp_path, count):
+    (tmp_path / "images").mkdir()
+    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    (tmp_path / "images/0.png").write_bytes(tiny_encoder.file_of(clear))
+    out, options = tmp_path / "o", {"dtype": "float32", "workers": count}
+    run(tmp_path / "images", "image", out, background=(0, 255, 51), **options)
+    rows = open_store(out).array()
+    np.testing.assert_array_equal(rows, np.tile([[0, 1, 0.2]], (1, 16)).astype(np.float32))
+    with pytest.raises(ValueError, match=r"background is .* there and None now"):
+        run(tmp_path / "images", "image", out, **options)
+    with pytest.raises(ValueError, match=r"background must be three numbers of 0 to 255, got \(0,"):
+        run(tmp_path / "images", "image", out, background=(0, 0, 256), **options)
 
 
 class Dies:

@@ -288,6 +288,22 @@ def test_a_copy_of_nv_embed_is_used_as_its_preset_is(monkeypatch, saved):
     np.testing.assert_array_equal(encode(copy, TEXTS), encode(preset, TEXTS))
 
 
+@pytest.mark.parametrize("family", ["nvembed", "llama_bidirec", "bert", "dinov3_vit", "clip"])
+def test_a_revision_is_of_all_files(monkeypatch, saved, family):
+    hub, seen = transformers.utils.hub, []
+    real = hub.cached_files
+
+    def spy(*arguments, **options):
+        seen.append(options["revision"])
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(hub, "cached_files", spy)
+    modality = "image" if family in ("dinov3_vit", "clip") else "text"
+    options = {"pooling": "mean"} if family == "bert" else {}
+    load_encoder(str(saved(family)), modality, backend="torch", revision="abc", **options)
+    assert len(seen) > 3 and set(seen) == {"abc"}
+
+
 def test_a_preset_of_another_architecture_is_refused(monkeypatch, saved):
     with pytest.raises(ValueError, match=r"name: the preset 'e5-large' is of a bert, but .* qwen3"):
         load(monkeypatch, saved("qwen3"), "e5-large")
