@@ -165,10 +165,14 @@ def test_duplicates_are_found_across_parts(tmp_path):
 def test_captions_stay_beside_their_rows(tmp_path):
     (tmp_path / "t.txt").write_text("".join(f"caption {n}\n\n" for n in range(10)))
 
+    calls = []
+
     def with_holes(items):
+        calls.append(len(items))
         return np.array([[float(item[-1]), np.inf if item[-1] == "4" else 0] for item in items])
 
     run(tmp_path / "t.txt", "text", tmp_path / "o", function=with_holes)
+    assert calls == [3, 1, 3, 3]  # full ones, whatever is left out
     store = open_store(tmp_path / "o")
     rows = store.array()[:, 0].astype(int).tolist()
     assert rows == [0, 1, 2, 3, 5, 6, 7, 8, 9]
@@ -371,6 +375,44 @@ def test_a_part_that_another_process_has_just_finished_is_left_as_it_is(tmp_path
     monkeypatch.setattr(extract, "lock", late)
     assert run(folder, "image", tmp_path / "b", function=fails_later_never(calls)).complete
     assert calls == ["another", 3, 3, 1]  # of part 1 alone
+
+
+def test_a_disk_without_links(tmp_path, monkeypatch):
+    folder = image_folder(tmp_path, 20)
+    run(folder, "image", tmp_path / "a")
+
+    def refuse(*_):
+        raise OSError("no links")
+
+    monkeypatch.setattr(os, "link", refuse)
+    run(folder, "image", tmp_path / "b")
+    assert everything(tmp_path / "a") == everything(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    "after,message",
+    [(3, "encoder: gives 3 columns, and 2 before"), (7, r"gave parts of different dim, \[2, 3\]")],
+)
+def test_rows_of_different_length_are_refused(tmp_path, after, message):
+    given = []
+
+    def grows(items):
+        rows = np.zeros((len(items), 2 + (len(given) >= after)))
+        given.extend(items)
+        return rows
+
+    folder = image_folder(tmp_path, 14)
+    with pytest.raises(ValueError, match=message):
+        run(folder, "image", tmp_path / "o", function=grows)
+    assert not (tmp_path / "o").exists()
+
+
+def test_settings_that_cannot_be_read(tmp_path):
+    folder = image_folder(tmp_path, 10)
+    run(folder, "image", tmp_path / "o", shards=(0, 1))
+    (WorkingDirectory(tmp_path / "o").path / "settings.json").write_text("{")
+    with pytest.raises(ValueError, match=r"settings\.json: not JSON"):
+        run(folder, "image", tmp_path / "o")
 
 
 def test_what_is_done_is_not_done_again(tmp_path):
