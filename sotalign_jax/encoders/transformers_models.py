@@ -302,7 +302,6 @@ def _sentence_facts(transformers, source, revision, pooling):
             file,
             revision=revision,
             _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
         )
 
     try:
@@ -311,6 +310,8 @@ def _sentence_facts(transformers, source, revision, pooling):
         if pooling is None:
             raise
         return None  # what is pooled was said, and the rest is the transformer's
+    except OSError as error:  # else a hub that fails once would change what rows are
+        raise ValueError(f"name: {source!r} was not read from the hub ({_line(error)})") from error
 
 
 @contextlib.contextmanager

@@ -290,18 +290,23 @@ def test_a_copy_of_nv_embed_is_used_as_its_preset_is(monkeypatch, saved):
 
 @pytest.mark.parametrize("family", ["nvembed", "llama_bidirec", "bert", "dinov3_vit", "clip"])
 def test_a_revision_is_of_all_files(monkeypatch, saved, family):
-    hub, seen = transformers.utils.hub, []
-    real = hub.cached_files
+    hub, model, seen, weights = transformers.utils.hub, transformers.PreTrainedModel, [], []
+    files, read = hub.cached_files, model.from_pretrained.__func__
 
-    def spy(*arguments, **options):
+    def spy_files(*arguments, **options):
         seen.append(options["revision"])
-        return real(*arguments, **options)
+        return files(*arguments, **options)
 
-    monkeypatch.setattr(hub, "cached_files", spy)
+    def spy_weights(cls, *arguments, **options):
+        weights.append(options.get("revision"))
+        return read(cls, *arguments, **options)
+
+    monkeypatch.setattr(hub, "cached_files", spy_files)
+    monkeypatch.setattr(model, "from_pretrained", classmethod(spy_weights))
     modality = "image" if family in ("dinov3_vit", "clip") else "text"
     options = {"pooling": "mean"} if family == "bert" else {}
     load_encoder(str(saved(family)), modality, backend="torch", revision="abc", **options)
-    assert len(seen) > 3 and set(seen) == {"abc"}
+    assert len(seen) > 3 and set(seen) == {"abc"} and weights == ["abc"]
 
 
 def test_a_preset_of_another_architecture_is_refused(monkeypatch, saved):

@@ -418,6 +418,23 @@ def test_sentence_transformers_files_that_are_not_known(saved, tmp_path):
         load(folder, "text", backend="torch")
 
 
+def test_a_hub_that_fails_does_not_change_the_pooling(saved, tmp_path, monkeypatch):
+    folder, hub = copy_of(saved("bert"), tmp_path), transformers.utils.hub
+    sentence_files(folder, pooling={"pooling_mode_cls_token": True})
+    real = hub.cached_files
+
+    def fails(path_or_repo_id, filenames, _raise_exceptions_for_connection_errors=True, **options):
+        if filenames == ["modules.json"]:
+            if _raise_exceptions_for_connection_errors:
+                raise OSError("There was a specific connection error\n503")
+            return None
+        return real(path_or_repo_id, filenames, **options)
+
+    monkeypatch.setattr(hub, "cached_files", fails)
+    with pytest.raises(ValueError, match=r"^name: .* not read from the hub \(.* error\)$"):
+        load(folder, "text", backend="torch", pooling="mean")
+
+
 REFUSED = {
     "modality: must be": ("bert", "video", {}),
     "modality: a model of type 'bert' encodes texts": ("bert", "image", {}),
