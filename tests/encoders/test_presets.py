@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import types
 
 import numpy as np
 import pytest
@@ -15,8 +16,8 @@ import tiny_models  # noqa: E402
 from tiny_models import TEXTS, each_backend_if_slow  # noqa: E402
 
 from sotalign_jax.encoders import presets  # noqa: E402
-from sotalign_jax.encoders.families import FAMILIES  # noqa: E402
-from sotalign_jax.encoders.pooling import IMAGE_POOLINGS, TEXT_POOLINGS  # noqa: E402
+from sotalign_jax.encoders.families import FAMILIES, check_pooling, layout_of  # noqa: E402
+from sotalign_jax.encoders.pooling import IMAGE_POOLINGS, TEXT_POOLINGS, Layout  # noqa: E402
 from sotalign_jax.encoders.presets import PRESETS, Preset, find_preset, preset_names  # noqa: E402
 from sotalign_jax.encoders.towers import load_encoder  # noqa: E402
 
@@ -102,6 +103,29 @@ def test_the_table_is_consistent():
         ("qwen3-embedding-8b", "Qwen/Qwen3-Embedding-8B", "last"),
     ):
         assert (PRESETS[name].model, PRESETS[name].pooling) == (model, pooling)
+
+
+def test_what_architectures_are_pooled_by_if_nobody_says():
+    for family, pooling in {
+        "dinov2": "cls_mean",
+        "dinov2_with_registers": "cls_mean",
+        "dinov3_vit": "cls_mean",
+        "vit": "cls",
+        "vit_mae": "cls",
+        "clip": "model",
+        "siglip": "model",
+    }.items():
+        known = FAMILIES[family, "image"]
+        assert check_pooling(None, "image", known, family) == pooling
+        assert layout_of(known, types.SimpleNamespace(num_register_tokens=4)) == Layout(
+            cls=family != "siglip",
+            registers=4 * (family in ("dinov2_with_registers", "dinov3_vit")),
+        )
+    for family in ("clip", "siglip", "nvembed"):
+        assert check_pooling(None, "text", FAMILIES[family, "text"], family) == "model"
+    for family in ("bert", "roberta", "modernbert", "qwen3", "llama"):
+        with pytest.raises(ValueError, match=f"pooling: nothing says how {family} is pooled"):
+            check_pooling(None, "text", FAMILIES[family, "text"], family)
 
 
 def test_finding_presets():

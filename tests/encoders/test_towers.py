@@ -136,9 +136,11 @@ TEXTS_OF = {
     "siglip": ("SiglipTextModel", "pooler_output"),
     "qwen3": ("AutoModel", None),
     "roberta": ("AutoModel", "pooler_output"),
+    "xlm-roberta": ("AutoModel", "pooler_output"),
     "mpnet": ("AutoModel", "pooler_output"),
     "distilbert": ("AutoModel", None),
     "modernbert": ("AutoModel", None),
+    "qwen2": ("AutoModel", None),
     "llama": ("AutoModel", None),
     "mistral": ("AutoModel", None),
 }
