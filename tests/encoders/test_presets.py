@@ -201,6 +201,18 @@ def test_llama_embed_nemotron_sees_both_directions(monkeypatch, saved, backend):
     np.testing.assert_allclose(encode(encoder, TEXTS), wanted, rtol=5e-5, atol=3e-5)
 
 
+@pytest.mark.parametrize("name", ["llama-embed-nemotron-8b", "nv-embed-v2-mean"])
+def test_both_directions_are_seen_without_padding_too(monkeypatch, saved, name):
+    """Where nothing is padded there is no mask, and then it is for the layers to say."""
+    encoder = load(monkeypatch, saved(PRESETS[name].family), name)
+    full = "a text of sixteen tokens"[: 15 - (PRESETS[name].end is not None)]
+    inputs = [encoder.preprocess(text) for text in (full, "a text of more than sixteen tokens")]
+    assert [len(one["input_ids"]) > 16 for one in inputs] == [False, True]
+    assert len(inputs[0]["input_ids"]) == 16
+    alone, padded = encoder.encode(inputs[:1]), encoder.encode(inputs)[:1]
+    np.testing.assert_allclose(alone, padded, rtol=5e-5, atol=3e-5)
+
+
 # Bytes to the ids of the tokenizer of the tests, which go by the characters that stand for them.
 def _table():
     from tokenizers import pre_tokenizers

@@ -406,10 +406,28 @@ def test_sentence_transformers_files(saved, tmp_path, pooling):
     )
 
 
+@pytest.mark.parametrize(
+    "pooling,expected",
+    [
+        ({"pooling_mode_lasttoken": True}, "last"),
+        ({"pooling_mode": ["lasttoken"]}, "last"),
+        ({"pooling_mode_mean_tokens": True, "include_prompt": True}, "mean"),
+    ],
+)
+def test_sentence_transformers_files_without_unit_length(saved, tmp_path, pooling, expected):
+    folder = copy_of(saved("bert"), tmp_path)
+    sentence_files(folder, pooling=pooling, normalize=False)
+    said = load(folder, "text", backend="torch").description
+    assert (said.pooling, said.normalized) == (expected, False)
+
+
 def test_sentence_transformers_files_that_are_not_known(saved, tmp_path):
     folder = copy_of(saved("bert"), tmp_path)
     sentence_files(folder, pooling={"pooling_mode_max_tokens": True})
     with pytest.raises(ValueError, match=r"pooling: .* says pooling_mode_max_tokens"):
+        load(folder, "text", backend="torch")
+    sentence_files(folder, pooling={"pooling_mode_mean_tokens": True, "include_prompt": False})
+    with pytest.raises(ValueError, match=r"^pooling: .* leaves the prompt out"):
         load(folder, "text", backend="torch")
     sentence_files(folder, pooling={"pooling_mode_cls_token": True}, stage="Dense")
     with pytest.raises(ValueError, match=r"stages Transformer, Pooling, Dense"):
