@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("PIL")
 
+import safetensors.numpy  # noqa: E402
 import tiny_models  # noqa: E402
 from PIL import Image  # noqa: E402
 from tiny_models import BACKENDS, TEXTS, each_backend, each_backend_if_slow  # noqa: E402
@@ -326,6 +327,26 @@ def test_preprocessors_travel_and_refuse(saved, pictures):
         preprocess("\ud800")
 
 
+@pytest.mark.parametrize(
+    "change,said",
+    [
+        ({"do_center_crop": True}, "do_center_crop"),
+        ({"do_pad": True}, "do_pad"),
+        ({"do_rescale": False}, "do_rescale"),
+        ({"size": {"shortest_edge": 28}}, "shortest_edge"),
+    ],
+)
+def test_pictures_of_dinov3_with_steps_that_are_not_known(saved, tmp_path, change, said):
+    folder = tmp_path / "copy"
+    shutil.copytree(saved("dinov3_vit"), folder)
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(
+        ValueError, match=rf"^name: .*steps or sizes that are not known here.*{said}"
+    ):
+        load(folder, "image", backend="torch")
+
+
 def test_pictures_that_would_not_fit_into_memory(saved):
     narrow = Image.new("L", (1, 90_000))
     preprocess = load(saved("dinov2"), "image", backend="torch").preprocess
@@ -555,6 +576,18 @@ def test_weights_that_are_not_there(saved, tmp_path):
     folder = copy_of(saved("bert"), tmp_path, num_hidden_layers=4)
     with pytest.raises(ValueError, match=r"^name: .* has no weights for encoder\.layer\.3"):
         load(folder, "text", backend="torch", pooling="mean")
+
+
+@pytest.mark.parametrize("family,modality", [("bert", "text"), ("vit", "image")])
+def test_a_row_of_its_own_that_was_never_trained(saved, tmp_path, family, modality):
+    folder = copy_of(saved(family), tmp_path)
+    weights = safetensors.numpy.load_file(folder / "model.safetensors")
+    kept = {k: v for k, v in weights.items() if "pooler" not in k}
+    assert len(kept) == len(weights) - 2
+    safetensors.numpy.save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"^pooling: .* has no weights for pooler\.dense"):
+        load(folder, modality, backend="torch", pooling="model")
+    assert load(folder, modality, backend="torch", pooling="cls")
 
 
 def test_weights_that_cannot_be_read(saved, tmp_path):
