@@ -16,7 +16,13 @@ from rich.console import Console
 
 from sotalign_jax.encoders.base import Encoder
 from sotalign_jax.encoders.callables import load_callable
-from sotalign_jax.encoders.extract import Interrupted, Progress, Summary, extract
+from sotalign_jax.encoders.extract import (
+    Interrupted,
+    Progress,
+    Summary,
+    check_request,
+    extract,
+)
 from sotalign_jax.encoders.sources import KINDS, Columns, Source, open_source
 from sotalign_jax.features.store import DTYPES
 from sotalign_jax.training.metrics import ProgressBar, make_console
@@ -44,6 +50,8 @@ _CALLABLE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 _TEXT_BATCHES = 16
 _LEFT = 75  # EX_TEMPFAIL of sysexits.h
 _CTRL_C = 130  # as shells say it
+# Between two lines of a log that say how fast a part is encoded.
+_SECONDS_A_LINE = 60.0
 # A share of items left out that is said aloud.
 _LOUD = 0.01
 
@@ -59,6 +67,10 @@ def encode(words: Sequence[str], console: Console | None = None) -> int:
         raise ValueError(f"--{'encoder' if out else 'out'}: this command needs it")
     console = console or make_console()
     modality = "text" if images is None else "image"
+    shards, background = _range(_SHARDS.value), _colour(_BACKGROUND.value)
+    if background is not None and images is None:
+        raise ValueError("--background: is of images")
+    options = _options(_OPTION.value)
     source = open_source(
         images or texts or "",
         modality,
@@ -68,11 +80,8 @@ def encode(words: Sequence[str], console: Console | None = None) -> int:
         rows_per_shard=_ROWS_PER_SHARD.value,
         quoted=_QUOTED.value,
     )
-    shards = _range(_SHARDS.value)
-    background = _colour(_BACKGROUND.value)
-    if background is not None and images is None:
-        raise ValueError("--background: is of images")
-    options = _options(_OPTION.value)
+    # Before an encoder of some gigabytes is read.
+    check_request(source, out, batch_size=_BATCH_SIZE.value, workers=_WORKERS.value, shards=shards)
     encoder, at_once = load(_ENCODER.value, modality, _BATCH_SIZE.value, options)
     try:
         with _progress(console, source, shards) as progress:
@@ -100,7 +109,7 @@ def encode(words: Sequence[str], console: Console | None = None) -> int:
 
 def load(name: str, modality: str, batch_size: int, options: dict[str, Any]) -> tuple[Encoder, int]:
     """The encoder of that name, and how many items to hand it at once."""
-    if _CALLABLE.fullmatch(name) and not name.startswith("timm:"):
+    if _CALLABLE.fullmatch(name) and not name.startswith(("timm:", "packaged:")):
         return load_callable(name, modality, **options), batch_size
     load_encoder = importlib.import_module("sotalign_jax.encoders.towers").load_encoder
     options = {"batch_size": batch_size} | options
@@ -148,18 +157,20 @@ def _progress(console: Console, source: Source, shards: tuple[int, int] | None) 
     unit = f"{source.modality}s" if by_rows else "parts"
     bar = ProgressBar(console, total, 0, unit=unit)
     started, shown, before = time.monotonic(), -1, None
+    said = started
 
     def show(progress: Progress) -> None:
-        nonlocal shown, before
+        nonlocal shown, before, said
         if before is None:
             before = progress.records
         if progress.records == before:
             return
-        at = progress.records if by_rows else progress.parts
-        if at == shown and not console.is_terminal:
+        at, now = progress.records if by_rows else progress.parts, time.monotonic()
+        # A part may take hours: in a log, too, it is to be seen that they are not spent in vain.
+        if at == shown and not console.is_terminal and now - said < _SECONDS_A_LINE:
             return
-        shown = at
-        rate = (progress.records - before) / max(time.monotonic() - started, 1e-9)
+        shown, said = at, now
+        rate = (progress.records - before) / max(now - started, 1e-9)
         bar.update(at, {"time/rows_per_second": rate})
 
     try:

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -24,11 +24,20 @@ class CallableEncoder:
         function: of a list of RGB `PIL.Image.Image`, or of strings, to an array ``(n, dim)``.
         modality: ``"image"`` or ``"text"``.
         name: what the manifest calls it.
+        options: that the function was made with, as JSON takes them; they are of its description.
     """
 
-    def __init__(self, function: Callable[[list[Any]], Any], modality: str, name: str):
+    def __init__(
+        self,
+        function: Callable[[list[Any]], Any],
+        modality: str,
+        name: str,
+        options: Mapping[str, Any] | None = None,
+    ):
         self._function = function
-        self.description = Description(name, modality, pooling="", normalized=None)
+        self.description = Description(
+            name, modality, pooling="", normalized=None, settings=dict(options or {})
+        )
         self.preprocess = _image_arrays if modality == "image" else _text_arrays
 
     def encode(self, batch: Sequence[Inputs]) -> Float32[np.ndarray, "n dim"]:
@@ -114,7 +123,7 @@ def load_callable(name: str, modality: str, **options: Any) -> Encoder:
             f"encoder: {name} is {type(found).__name__}; must be an Encoder, a function of a list, "
             "or one without arguments that gives either"
         )
-    return CallableEncoder(found, modality, name)
+    return CallableEncoder(found, modality, name, options)
 
 
 def _is_encoder(value: Any) -> TypeGuard[Encoder]:

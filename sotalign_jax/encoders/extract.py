@@ -24,7 +24,7 @@ from sotalign_jax.encoders.workers import Prepared, Workers, default_workers, re
 from sotalign_jax.features.store import DTYPES, MANIFEST
 from sotalign_jax.files import lock
 
-__all__ = ["Interrupted", "Progress", "Summary", "extract"]
+__all__ = ["Interrupted", "Progress", "Summary", "check_request", "extract"]
 
 # Batches that are held ready for the encoder, beside those that the workers have in hand.
 _AHEAD = 2
@@ -119,11 +119,19 @@ def extract(
     """
     started = time.monotonic()
     target = Path(out)
-    if "://" in os.fspath(out) or target.name in ("", ".."):
-        raise ValueError(f"out: {out} is not a name for a new directory on a mounted disk")
-    first, last = _check(source, encoder, dtype, batch_size, shards)
-    if background is not None and not all(0 <= value <= 255 for value in background):
-        raise ValueError(f"background must be three numbers of 0 to 255, got {background}")
+    first, last = check_request(
+        source,
+        out,
+        dtype=dtype,
+        batch_size=batch_size,
+        workers=workers,
+        shards=shards,
+        background=background,
+    )
+    if (modality := encoder.description.modality) != source.modality:
+        raise ValueError(
+            f"encoder: is for {modality}s, {source.path} is read as {source.modality}s"
+        )
     settings = _settings(source, encoder, dtype, batch_size)
     if source.modality == "image":
         settings["background"] = None if background is None else list(background)
@@ -156,28 +164,55 @@ def extract(
     return Summary(target, True, 0, report["rows"], report["dim"], report["skipped"], seconds)
 
 
-def _check(
+def check_request(
     source: Source,
-    encoder: Encoder,
-    dtype: str,
-    batch_size: int,
-    shards: tuple[int, int] | None,
+    out: str | os.PathLike,
+    *,
+    dtype: str = "float16",
+    batch_size: int = 64,
+    workers: int | None = None,
+    shards: tuple[int, int] | None = None,
+    background: Colour | None = None,
 ) -> tuple[int, int]:
-    """The range of parts, once the arguments are found right."""
+    """What of a call of `extract` can be checked before there is an encoder.
+
+    Args:
+        source: as for `extract`.
+        out: likewise.
+        dtype: likewise.
+        batch_size: likewise.
+        workers: likewise.
+        shards: likewise.
+        background: likewise.
+
+    Returns:
+        The range of parts.
+
+    Raises:
+        ValueError: an argument out of range, or ``out`` cannot become the store.
+    """
+    target = Path(out)
+    if "://" in os.fspath(out) or target.name in ("", ".."):
+        raise ValueError(f"out: {out} is not a name for a new directory on a mounted disk")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if (modality := encoder.description.modality) != source.modality:
-        raise ValueError(
-            f"encoder: is for {modality}s, {source.path} is read as {source.modality}s"
-        )
+    if workers is not None and workers < 0:
+        raise ValueError(f"workers must not be negative, got {workers}")
+    if background is not None and not all(0 <= value <= 255 for value in background):
+        raise ValueError(f"background must be three numbers of 0 to 255, got {background}")
     first, last = shards or (0, len(source.parts))
     if not 0 <= first < last <= len(source.parts):
         raise ValueError(
             f"shards: {first}:{last} is no range of the {len(source.parts)} parts of {source.path} "
             "(numbered from 0)"
         )
+    # In this order: the store of another process is there before its working directory is gone.
+    if not WorkingDirectory(target).exists and not target.exists():
+        _check_names_are_free(target, source.modality)
+    if target.exists():
+        _check_is_store(target)
     return first, last
 
 
@@ -202,12 +237,18 @@ def _is_done(home: WorkingDirectory, target: Path, settings: dict[str, Any]) -> 
     """
     if not target.exists():
         return False
-    report = beside(target, "encode.json")
-    if not (target / MANIFEST).is_file() or not report.is_file():
-        raise ValueError(f"out: {target} exists; give another out, or remove it")
+    report = _check_is_store(target)
     compare_settings(read_json(report).get("settings"), settings, str(target))
     home.remove()
     return True
+
+
+def _check_is_store(target: Path) -> Path:
+    """The report of what stands there; ValueError where it is no store that was encoded."""
+    report = beside(target, "encode.json")
+    if not (target / MANIFEST).is_file() or not report.is_file():
+        raise ValueError(f"out: {target} exists; give another out, or remove it")
+    return report
 
 
 def _counts(home: WorkingDirectory, parts: Iterable[int]) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ class Family:
         masked: whether texts are told what padding is; where not, the model was trained on texts
             that were all padded to one length.
         head: whether the loader can leave out a pooling layer.
+        end: token that every text ends with, where it is not the tokenizer that puts it there.
     """
 
     loader: str = "AutoModel"
@@ -37,6 +38,7 @@ class Family:
     padding: Literal["left", "right"] = "right"
     masked: bool = True
     head: bool = False
+    end: str | None = None
 
 
 _BERT = Family(own="pooler_output", head=True)
@@ -90,7 +92,9 @@ FAMILIES: dict[tuple[str, str], Family] = {
     ("qwen3", "text"): _DECODER,
     # Two that this package loads without the code that comes with them.
     ("llama_bidirec", "text"): Family(norm="norm", pooling="mean"),
-    ("nvembed", "text"): Family(norm="norm", own="sentence_embeddings", pooling=MODEL_POOLING),
+    ("nvembed", "text"): Family(
+        norm="norm", own="sentence_embeddings", pooling=MODEL_POOLING, end="</s>"
+    ),
 }
 # Configurations of one tower of a model of two.
 _TOWERS = {"vision_model": "image", "text_model": "text"}

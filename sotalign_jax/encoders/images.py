@@ -51,7 +51,7 @@ def decode(data: bytes, background: Colour | None = None) -> Image.Image:
         ImportError: Pillow is not installed.
     """
     try:
-        from PIL import Image, ImageOps
+        from PIL import Image
     except ImportError as error:
         raise ImportError(
             "images: install Pillow, as the extra sotalign-jax[encoders] does"
@@ -74,17 +74,14 @@ def decode(data: bytes, background: Colour | None = None) -> Image.Image:
         raise ValueError("not an image: floating point numbers, whose range is not known")
     try:
         image.load()
-        rgb = _rgb(image if background is None else _over(image, background))
+        image = _upright(image)
+        return _rgb(image if background is None else _over(image, background))
     except (MemoryError, KeyboardInterrupt):
         raise
     except bombs:
         raise ValueError(f"too large: more than {MAX_PIXELS} pixels") from None
     except Exception as error:
         raise ValueError(f"broken image: {_said(error)}") from None
-    try:
-        return ImageOps.exif_transpose(rgb)
-    except Exception:  # EXIF that cannot be read says nothing
-        return rgb
 
 
 @functools.cache
@@ -96,6 +93,16 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """An image as its EXIF says that it is looked at."""
+    from PIL import ImageOps
+
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # EXIF that cannot be read says nothing
+        return image
+
+
 def _over(image: Image.Image, background: Colour) -> Image.Image:
     """An image with transparency, laid over a colour; others as they are."""
     from PIL import Image
@@ -105,9 +112,7 @@ def _over(image: Image.Image, background: Colour) -> Image.Image:
     over = image.convert("RGBA")
     laid = Image.new("RGBA", over.size, (*background, 255))
     laid.alpha_composite(over)
-    rgb, exif = laid.convert("RGB"), image.getexif()
-    rgb.getexif().update(exif)
-    return rgb
+    return laid.convert("RGB")
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -116,10 +121,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode in _SIXTEEN_BITS:
         values = np.asarray(image).astype(np.int64)
         upper = (np.clip(values, 0, 65535) >> 8).astype(np.uint8)
-        grey = Image.fromarray(upper)
-        grey.info, exif = image.info, image.getexif()
-        grey.getexif().update(exif)
-        return grey.convert("RGB")
+        return Image.fromarray(upper).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns of the direct way
     return image.convert("RGB")

@@ -13,8 +13,15 @@ from typing import Any
 import numpy as np
 
 from sotalign_jax.encoders.base import Inputs
+from sotalign_jax.encoders.images import MAX_PIXELS
 
-__all__ = ["FloatImagePreprocessor", "ImagePreprocessor", "TextPreprocessor", "resized"]
+__all__ = [
+    "FloatImagePreprocessor",
+    "ImagePreprocessor",
+    "TextPreprocessor",
+    "check_proportions",
+    "resized",
+]
 
 
 class ImagePreprocessor:
@@ -26,10 +33,15 @@ class ImagePreprocessor:
 
     def __init__(self, processor: Any):
         self.processor = processor
+        size = _plain(processor.to_dict().get("size"))
+        # Only where pictures keep their proportions may a side become long.
+        free = isinstance(size, dict) and "longest_edge" not in size
+        self._edge = int(size.get("shortest_edge", 0)) if free else 0
 
     def __call__(self, item: Any) -> Inputs:
         """Raises ValueError for what is no picture, and for one that the processor refuses."""
         _check_picture(item)
+        check_proportions(item, self._edge)
         pixels = self.processor(images=item.convert("RGB"), return_tensors="np")["pixel_values"]
         return {"pixel_values": np.asarray(pixels[0], np.float32)}
 
@@ -138,12 +150,15 @@ class FloatImagePreprocessor:
 class TextPreprocessor:
     """A text to ``{"input_ids": (tokens,)}``: prompt before it, cut at its end, not padded.
 
+    White space around prompt and text is taken off, as sentence-transformers does: of many
+    tokenizers a space at the end would be one more token.
+
     Args:
         tokenizer: of transformers.
         prompt: before the text, or with ``{text}`` where the text goes.
         max_length: tokens that are kept, special tokens included.
         end: token that all texts end with; by default what the tokenizer puts there.
-        lower: puts texts into lower case first, but not the prompt.
+        lower: puts prompt and text into lower case first.
 
     Raises:
         ValueError: ``end`` is not one token, or the prompt leaves no token for the text.
@@ -184,8 +199,8 @@ class TextPreprocessor:
             item.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"text is not valid Unicode ({error.reason})") from None
-        item = item.lower() if self.lower else item
-        ids = self._ids(self._prompted(item), self.max_length)
+        text = self._prompted(item).strip()
+        ids = self._ids(text.lower() if self.lower else text, self.max_length)
         if not ids:
             raise ValueError("text is empty, and this model's texts have no special tokens")
         return {"input_ids": np.asarray(ids, np.int32)}
@@ -223,6 +238,16 @@ def resized(processor: Any, image_size: int, name: str) -> Any:
     if crops:
         changes["crop_size"] = {"height": image_size, "width": image_size}
     return type(processor).from_dict({**known, **changes})
+
+
+def check_proportions(item: Any, edge: int) -> None:
+    """Raises ValueError for a picture that would not fit into memory, its short side an edge."""
+    short, long = sorted(item.size)
+    if edge * edge * long > MAX_PIXELS * short:
+        raise ValueError(
+            f"too narrow: {item.size[0]} x {item.size[1]} pixels, with the short side at {edge} "
+            f"more than {MAX_PIXELS}"
+        )
 
 
 def _check_picture(item: Any) -> None:

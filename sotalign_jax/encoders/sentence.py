@@ -94,4 +94,9 @@ def read_sentence_facts(find: Callable[[str], str | None], name: str) -> Sentenc
 
 def _read(find: Callable[[str], str | None], file: str) -> Any:
     path = find(file)
-    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    if path is None:
+        return None
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"name: {path} is not JSON ({error})") from None

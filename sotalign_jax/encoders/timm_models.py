@@ -11,6 +11,7 @@ from sotalign_jax.encoders.extras import need
 from sotalign_jax.encoders.families import check_pooling
 from sotalign_jax.encoders.networks import RowNetwork, keep_layers, named
 from sotalign_jax.encoders.pooling import MODEL_POOLING, Layout, check_layout
+from sotalign_jax.encoders.preprocess import check_proportions
 from sotalign_jax.encoders.presets import Preset
 from sotalign_jax.encoders.towers import Loaded
 
@@ -18,15 +19,21 @@ __all__ = ["TimmPreprocessor", "load_timm"]
 
 
 class TimmPreprocessor:
-    """A picture to ``{"pixel_values": (channels, height, width)}``, by timm's transform."""
+    """A picture to ``{"pixel_values": (channels, height, width)}``, by timm's transform.
 
-    def __init__(self, transform: Any):
-        self.transform = transform
+    Args:
+        transform: of timm.
+        edge: that it brings the short side of a picture to; 0 where it does not keep proportions.
+    """
+
+    def __init__(self, transform: Any, edge: int = 0):
+        self.transform, self._edge = transform, edge
 
     def __call__(self, item: Any) -> Inputs:
-        """Raises ValueError for what is no picture."""
+        """Raises ValueError for what is no picture, and for one that is too narrow."""
         if not hasattr(item, "convert") or not hasattr(item, "size"):
             raise ValueError(f"expected a picture, got {type(item).__name__}")
+        check_proportions(item, self._edge)
         return {"pixel_values": self.transform(item.convert("RGB")).numpy()}
 
 
@@ -111,7 +118,10 @@ def load_timm(
     )
     return Loaded(
         network=network,
-        preprocess=TimmPreprocessor(timm.data.create_transform(**data, is_training=False)),
+        preprocess=TimmPreprocessor(
+            timm.data.create_transform(**data, is_training=False),
+            0 if data.get("crop_mode") == "squash" else int(max(data["input_size"][1:])),
+        ),
         name=f"timm:{name}",
         pooling=pooling,
         normalized=bool(normalize),

@@ -135,6 +135,16 @@ def load_encoder(
             raise ValueError(f"{option}: must be a whole number, got {value!r}")
         if least is not None and value < least:
             raise ValueError(f"{option}: must be at least {least}, got {value}")
+    words = {"pooling": pooling, "prompt": prompt, "revision": revision}
+    switches = {
+        "final_norm": final_norm,
+        "normalize": normalize,
+        "trust_remote_code": trust_remote_code,
+    }
+    for options, kind, right in ((words, str, "a string"), (switches, bool, "true or false")):
+        for option, value in options.items():
+            if value is not None and not isinstance(value, kind):
+                raise ValueError(f"{option}: must be {right}, got {value!r}")
     if final_norm is not None and layer is None:
         raise ValueError("final_norm: is of a layer, and none is given; the last one has it")
     of_models: dict[str, Any] = {

@@ -121,11 +121,12 @@ def load_transformers(
             prompt = preset.prompt if preset else facts.prompt if facts else ""
         if max_length is None and (preset or facts):
             max_length = preset.max_length if preset else facts.max_length if facts else None
+        end = preset.end if preset else family.end if family else None
         preprocess = TextPreprocessor(
             tokenizer,
             prompt=prompt,
             max_length=_check_length(max_length, tokenizer, config, name),
-            end=preset.end if preset else None,
+            end=end,
             lower=bool(facts and facts.lower),
         )
         items, said = _padding(preprocess, family, preset, name)
@@ -197,8 +198,9 @@ def _padding(
         "max_length": longest,
         "truncation": "right",
         "padding": side if masked else f"{side}, always to {longest}",
-        "end": preset.end if preset else None,
+        "end": None if preprocess.end is None else tokenizer.convert_ids_to_tokens(preprocess.end),
         "lower": preprocess.lower,
+        "strip": True,
         "tokenizer": type(tokenizer).__name__,
     }
 
@@ -300,7 +302,6 @@ def _sentence_facts(transformers, source, revision, pooling):
             file,
             revision=revision,
             _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
         )
 
     try:
@@ -309,6 +310,8 @@ def _sentence_facts(transformers, source, revision, pooling):
         if pooling is None:
             raise
         return None  # what is pooled was said, and the rest is the transformer's
+    except OSError as error:  # else a hub that fails once would change what rows are
+        raise ValueError(f"name: {source!r} was not read from the hub ({_line(error)})") from error
 
 
 @contextlib.contextmanager

@@ -54,6 +54,8 @@ def test_it_is_found_by_name():
     np.testing.assert_array_equal(encoder.encode(inputs), tiny_encoder.text(["a", "b"]))
     twice = load_callable("tiny_encoder:made", "text", scale=2.0)
     np.testing.assert_array_equal(twice.encode(inputs), 2 * encoder.encode(inputs))
+    # What it was made with is of its description, so that no store has rows of both.
+    assert twice.description.settings == {"scale": 2.0} and encoder.description.settings == {}
     assert load_callable("tiny_encoder:other_modality", "text").description.name == "tiny"
 
 

@@ -29,6 +29,7 @@ FLAGS = [
         "column",
         "split",
         "quoted",
+        "background",
         "licence",
         "out",
         "config",
@@ -196,6 +197,45 @@ def test_words_that_are_refused(here, tmp_path, words, message):
     status, _, err = here("encode", *words)
     assert status == 2 and message in err and err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["t.txt"]
+
+
+def test_what_can_be_known_is_said_before_an_encoder_is_read(here, tmp_path, monkeypatch):
+    def load(*_):
+        raise AssertionError("an encoder is read")
+
+    monkeypatch.setattr(encode_commands, "load", load)
+    (tmp_path / "t.txt").write_text("one\n")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "o.captions.jsonl").write_text("mine")
+    words = ["encode", "--texts=t.txt", "--encoder=nv-embed-v2"]
+    for more, message in (
+        (["--out=p", "--shards=0:2"], "shards: 0:2 is no range of the 1 parts"),
+        (["--out=p", "--workers=-1"], "workers must not be negative"),
+        (["--out=p", "--batch_size=0"], "batch_size must be at least 1"),
+        (["--out=p", "--background=0,0,0"], "--background: is of images"),
+        (["--out=there"], "there exists; give another out"),
+        (["--out=o"], "o.captions.jsonl exists and would be replaced"),
+        (["--out=gs://bucket/o"], "is not a name for a new directory"),
+    ):
+        status, _, err = here(*words, *more)
+        assert status == 2 and message in err, err
+
+
+def test_a_log_says_how_fast_a_long_part_is(here, tmp_path, monkeypatch):
+    (tmp_path / "my_encoder.py").write_text(blocks("python")[0])
+    (tmp_path / "t.jsonl").write_text('{"caption": ["one", "two", "three"]}\n')
+    words = ["encode", "--texts=t.jsonl", "--encoder=my_encoder:text", "--workers=0"]
+    for seconds, lines in ((60.0, 1), (0.0, 3)):
+        monkeypatch.setattr(encode_commands, "_SECONDS_A_LINE", seconds)
+        status, out, _ = here(*words, "--batch_size=1", f"--out=o{lines}")
+        assert status == 0 and len(re.findall(r"parts 0/1  rows/s [\d,]+$", out, re.M)) == lines
+        assert len(re.findall(r"parts 1/1  rows/s", out)) == 1
+
+
+def test_a_packaged_encoder_that_is_none(here, tmp_path):
+    (tmp_path / "t.txt").write_text("one\n")
+    status, _, err = here("encode", "--texts=t.txt", "--encoder=packaged:minilm", "--out=o")
+    assert status == 2 and "none of the packaged text encoders: packaged:all-minilm-l6-v2" in err
 
 
 @pytest.mark.slow

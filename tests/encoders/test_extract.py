@@ -1,5 +1,6 @@
 """Encoding into a store: what is written, what is left out, and the same after any interruption."""
 
+import contextlib
 import io
 import json
 import os
@@ -15,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tiny_encoder
+from PIL import Image
 from tiny_encoder import encoder, png
 
 import sotalign_jax
@@ -163,10 +165,14 @@ def test_duplicates_are_found_across_parts(tmp_path):
 def test_captions_stay_beside_their_rows(tmp_path):
     (tmp_path / "t.txt").write_text("".join(f"caption {n}\n\n" for n in range(10)))
 
+    calls = []
+
     def with_holes(items):
+        calls.append(len(items))
         return np.array([[float(item[-1]), np.inf if item[-1] == "4" else 0] for item in items])
 
     run(tmp_path / "t.txt", "text", tmp_path / "o", function=with_holes)
+    assert calls == [3, 1, 3, 3]  # full ones, whatever is left out
     store = open_store(tmp_path / "o")
     rows = store.array()[:, 0].astype(int).tolist()
     assert rows == [0, 1, 2, 3, 5, 6, 7, 8, 9]
@@ -210,6 +216,21 @@ def test_workers_change_nothing(tmp_path):
     run(folder, "image", tmp_path / "a")
     run(folder, "image", tmp_path / "b", workers=2)
     assert everything(tmp_path / "a") == everything(tmp_path / "b")
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_transparent_images_are_laid_over_a_background(tmp_path, count):
+    (tmp_path / "images").mkdir()
+    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    (tmp_path / "images/0.png").write_bytes(tiny_encoder.file_of(clear))
+    out, options = tmp_path / "o", {"dtype": "float32", "workers": count}
+    run(tmp_path / "images", "image", out, background=(0, 255, 51), **options)
+    rows = open_store(out).array()
+    np.testing.assert_array_equal(rows, np.tile([[0, 1, 0.2]], (1, 16)).astype(np.float32))
+    with pytest.raises(ValueError, match=r"background is .* there and None now"):
+        run(tmp_path / "images", "image", out, **options)
+    with pytest.raises(ValueError, match=r"background must be three numbers of 0 to 255, got \(0,"):
+        run(tmp_path / "images", "image", out, background=(0, 0, 256), **options)
 
 
 class Dies:
@@ -322,6 +343,76 @@ def test_a_part_that_another_process_has_is_left_to_it(tmp_path):
     run(folder, "image", tmp_path / "a")
     assert run(folder, "image", tmp_path / "b").complete
     assert everything(tmp_path / "a") == everything(tmp_path / "b")
+
+
+def test_a_part_whose_process_died_meanwhile_is_done_too(tmp_path):
+    folder, home = image_folder(tmp_path, 20), WorkingDirectory(tmp_path / "b")
+    run(folder, "image", tmp_path / "b", shards=(2, 3))
+    with contextlib.ExitStack() as other:
+        assert other.enter_context(lock(home.lock(0)))
+
+        def dies(items):
+            other.close()
+            return tiny_encoder.image(items)
+
+        assert run(folder, "image", tmp_path / "b", function=dies).complete
+    run(folder, "image", tmp_path / "a")
+    assert everything(tmp_path / "a") == everything(tmp_path / "b")
+
+
+def test_a_part_that_another_process_has_just_finished_is_left_as_it_is(tmp_path, monkeypatch):
+    folder, calls = image_folder(tmp_path, 20), []
+    run(folder, "image", tmp_path / "b", shards=(2, 3))
+
+    @contextlib.contextmanager
+    def late(path):
+        if path.name == "part-00000.lock" and not calls:
+            calls.append("another")
+            run(folder, "image", tmp_path / "b", shards=(0, 1))
+        with lock(path) as free:
+            yield free
+
+    monkeypatch.setattr(extract, "lock", late)
+    assert run(folder, "image", tmp_path / "b", function=fails_later_never(calls)).complete
+    assert calls == ["another", 3, 3, 1]  # of part 1 alone
+
+
+def test_a_disk_without_links(tmp_path, monkeypatch):
+    folder = image_folder(tmp_path, 20)
+    run(folder, "image", tmp_path / "a")
+
+    def refuse(*_):
+        raise OSError("no links")
+
+    monkeypatch.setattr(os, "link", refuse)
+    run(folder, "image", tmp_path / "b")
+    assert everything(tmp_path / "a") == everything(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    "after,message",
+    [(3, "encoder: gives 3 columns, and 2 before"), (7, r"gave parts of different dim, \[2, 3\]")],
+)
+def test_rows_of_different_length_are_refused(tmp_path, after, message):
+    given = []
+
+    def grows(items):
+        rows = np.zeros((len(items), 2 + (len(given) >= after)))
+        given.extend(items)
+        return rows
+
+    folder = image_folder(tmp_path, 14)
+    with pytest.raises(ValueError, match=message):
+        run(folder, "image", tmp_path / "o", function=grows)
+    assert not (tmp_path / "o").exists()
+
+
+def test_settings_that_cannot_be_read(tmp_path):
+    folder = image_folder(tmp_path, 10)
+    run(folder, "image", tmp_path / "o", shards=(0, 1))
+    (WorkingDirectory(tmp_path / "o").path / "settings.json").write_text("{")
+    with pytest.raises(ValueError, match=r"settings\.json: not JSON"):
+        run(folder, "image", tmp_path / "o")
 
 
 def test_what_is_done_is_not_done_again(tmp_path):

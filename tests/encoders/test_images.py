@@ -66,18 +66,22 @@ def test_grey_bits_and_cmyk():
     assert red[0] > 200 and red[1] < 60 and red[2] < 60
 
 
-@pytest.mark.parametrize("sixteen", [False, True])
-def test_the_orientation_of_exif_is_applied(sixteen):
+@pytest.mark.parametrize("kind", ["colours", "sixteen", "transparent", "palette"])
+@pytest.mark.parametrize("background", [None, (0, 0, 0)])
+def test_the_orientation_of_exif_is_applied(kind, background):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter, clockwise
-    if sixteen:
+    if kind == "sixteen":
         values = np.arange(6, dtype=np.uint16).reshape(2, 3) * 256
         upright = np.repeat(np.rot90(values // 256, -1)[..., None], 3, axis=2)
         data = file_of(Image.fromarray(values), exif=exif)
     else:
-        upright = np.rot90(np.asarray(colours(2)), -1)
-        data = file_of(colours(2), exif=exif)
-    np.testing.assert_array_equal(pixels(data), upright)
+        picture = colours(2).quantize(4) if kind == "palette" else colours(2)
+        upright = np.rot90(np.asarray(picture.convert("RGB")), -1)
+        more = {"transparency": b"\xff" * 4} if kind == "palette" else {}
+        picture = picture.convert("RGBA") if kind == "transparent" else picture
+        data = file_of(picture, exif=exif, **more)
+    np.testing.assert_array_equal(decode(data, background), upright)
 
 
 def test_of_an_animation_the_first_frame():

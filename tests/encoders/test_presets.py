@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import types
 
 import numpy as np
 import pytest
@@ -15,8 +16,8 @@ import tiny_models  # noqa: E402
 from tiny_models import TEXTS, each_backend_if_slow  # noqa: E402
 
 from sotalign_jax.encoders import presets  # noqa: E402
-from sotalign_jax.encoders.families import FAMILIES  # noqa: E402
-from sotalign_jax.encoders.pooling import IMAGE_POOLINGS, TEXT_POOLINGS  # noqa: E402
+from sotalign_jax.encoders.families import FAMILIES, check_pooling, layout_of  # noqa: E402
+from sotalign_jax.encoders.pooling import IMAGE_POOLINGS, TEXT_POOLINGS, Layout  # noqa: E402
 from sotalign_jax.encoders.presets import PRESETS, Preset, find_preset, preset_names  # noqa: E402
 from sotalign_jax.encoders.towers import load_encoder  # noqa: E402
 
@@ -104,6 +105,29 @@ def test_the_table_is_consistent():
         assert (PRESETS[name].model, PRESETS[name].pooling) == (model, pooling)
 
 
+def test_what_architectures_are_pooled_by_if_nobody_says():
+    for family, pooling in {
+        "dinov2": "cls_mean",
+        "dinov2_with_registers": "cls_mean",
+        "dinov3_vit": "cls_mean",
+        "vit": "cls",
+        "vit_mae": "cls",
+        "clip": "model",
+        "siglip": "model",
+    }.items():
+        known = FAMILIES[family, "image"]
+        assert check_pooling(None, "image", known, family) == pooling
+        assert layout_of(known, types.SimpleNamespace(num_register_tokens=4)) == Layout(
+            cls=family != "siglip",
+            registers=4 * (family in ("dinov2_with_registers", "dinov3_vit")),
+        )
+    for family in ("clip", "siglip", "nvembed"):
+        assert check_pooling(None, "text", FAMILIES[family, "text"], family) == "model"
+    for family in ("bert", "roberta", "modernbert", "qwen3", "llama"):
+        with pytest.raises(ValueError, match=f"pooling: nothing says how {family} is pooled"):
+            check_pooling(None, "text", FAMILIES[family, "text"], family)
+
+
 def test_finding_presets():
     assert isinstance(find_preset("dinov3-vitl16", "image"), Preset)
     assert find_preset("facebook/dinov2-base", "image") is None
@@ -175,6 +199,18 @@ def test_llama_embed_nemotron_sees_both_directions(monkeypatch, saved, backend):
         assert ids == [257, *text.encode().translate(TABLE)]
         wanted.append(everywhere(model, ids).double().mean(0).numpy())
     np.testing.assert_allclose(encode(encoder, TEXTS), wanted, rtol=5e-5, atol=3e-5)
+
+
+@pytest.mark.parametrize("name", ["llama-embed-nemotron-8b", "nv-embed-v2-mean"])
+def test_both_directions_are_seen_without_padding_too(monkeypatch, saved, name):
+    """Where nothing is padded there is no mask, and then it is for the layers to say."""
+    encoder = load(monkeypatch, saved(PRESETS[name].family), name)
+    full = "a text of sixteen tokens"[: 15 - (PRESETS[name].end is not None)]
+    inputs = [encoder.preprocess(text) for text in (full, "a text of more than sixteen tokens")]
+    assert [len(one["input_ids"]) > 16 for one in inputs] == [False, True]
+    assert len(inputs[0]["input_ids"]) == 16
+    alone, padded = encoder.encode(inputs[:1]), encoder.encode(inputs)[:1]
+    np.testing.assert_allclose(alone, padded, rtol=5e-5, atol=3e-5)
 
 
 # Bytes to the ids of the tokenizer of the tests, which go by the characters that stand for them.
@@ -277,6 +313,36 @@ def test_an_option_overrides_a_preset(monkeypatch, saved):
     said = encoder.description
     assert (said.pooling, said.normalized) == ("last", False)
     assert (said.settings["prompt"], said.settings["max_length"]) == ("", 9)
+
+
+def test_a_copy_of_nv_embed_is_used_as_its_preset_is(monkeypatch, saved):
+    folder = saved("nvembed")
+    options = {"devices": 1, "batch_size": 5, "backend": "torch", "max_length": 64}
+    preset = load(monkeypatch, folder, "nv-embed-v2", **options)
+    copy = load_encoder(str(folder), "text", **options)
+    assert copy.description.settings == preset.description.settings
+    np.testing.assert_array_equal(encode(copy, TEXTS), encode(preset, TEXTS))
+
+
+@pytest.mark.parametrize("family", ["nvembed", "llama_bidirec", "bert", "dinov3_vit", "clip"])
+def test_a_revision_is_of_all_files(monkeypatch, saved, family):
+    hub, model, seen, weights = transformers.utils.hub, transformers.PreTrainedModel, [], []
+    files, read = hub.cached_files, model.from_pretrained.__func__
+
+    def spy_files(*arguments, **options):
+        seen.append(options["revision"])
+        return files(*arguments, **options)
+
+    def spy_weights(cls, *arguments, **options):
+        weights.append(options.get("revision"))
+        return read(cls, *arguments, **options)
+
+    monkeypatch.setattr(hub, "cached_files", spy_files)
+    monkeypatch.setattr(model, "from_pretrained", classmethod(spy_weights))
+    modality = "image" if family in ("dinov3_vit", "clip") else "text"
+    options = {"pooling": "mean"} if family == "bert" else {}
+    load_encoder(str(saved(family)), modality, backend="torch", revision="abc", **options)
+    assert len(seen) > 3 and set(seen) == {"abc"} and weights == ["abc"]
 
 
 def test_a_preset_of_another_architecture_is_refused(monkeypatch, saved):

@@ -109,11 +109,13 @@ def test_quotes_that_are_characters(tmp_path):
     assert texts(tmp_path / "t.tsv", quoted=False) == expected
 
 
-def test_the_id_is_a_column_or_the_path_of_the_image_or_the_row(tmp_path):
+def test_the_id_is_a_column_or_the_path_of_the_image_or_the_row(tmp_path, monkeypatch):
     (tmp_path / "a.csv").write_text("id,image,caption\nx,1.jpg,one\n,2.jpg,two\n")
     assert texts(tmp_path / "a.csv") == [("x", "one"), ("row 1", "no id")]
-    (tmp_path / "b.csv").write_text(f"image,caption\n./c/../1.jpg,one\n{tmp_path}/d/2.jpg,two\n")
+    (tmp_path / "b.csv").write_text(f"image,caption\n.\\c\\..\\1.jpg,one\n{tmp_path}/d/2.jpg,two\n")
     assert texts(tmp_path / "b.csv") == [("1", "one"), ("d/2", "two")]
+    monkeypatch.chdir(tmp_path)
+    assert texts("b.csv") == [("1", "one"), ("d/2", "two")]
     (tmp_path / "c.tsv").write_text("caption\tn\none\t7\ntwo\t8\n")
     assert texts(tmp_path / "c.tsv") == [("0", "one"), ("1", "two")]
     named = Columns(id="n")
@@ -346,6 +348,18 @@ def test_samples_of_archives(tmp_path, suffix, mode):
     ]
 
 
+def test_names_that_begin_at_the_folder(tmp_path):
+    write_tar(tmp_path / "t.tar", [("./a/0.jpg", b"a"), ("./1.jpg", b"b")])
+    assert images(tmp_path / "t.tar") == [("a/0", b"a"), ("1", b"b")]
+
+
+def test_samples_of_one_key_are_not_mixed(tmp_path):
+    several = [("0.jpg", b"a"), ("0.txt", "one"), ("0.jpg", b"b"), ("0.txt", "two"), ("1.jpg", b"")]
+    write_tar(tmp_path / "t.tar", several)
+    assert images(tmp_path / "t.tar") == [("0", b"a"), ("0", b"b"), ("1", b"")]
+    assert texts(tmp_path / "t.tar") == [("0", "one"), ("0", "two"), ("1", "no caption")]
+
+
 def test_what_is_read_of_samples_can_be_named(tmp_path):
     write_tar(tmp_path / "t.tar", MEMBERS)
     found = images(tmp_path / "t.tar", columns=Columns(image="seg.png"))
@@ -553,3 +567,11 @@ def test_a_source_that_changed_has_other_settings(tmp_path):
     assert settings() == before and json.loads(json.dumps(before)) == before
     (tmp_path / "t.csv").write_text("caption\na\nb\n")
     assert settings() != before
+
+
+def test_parquet_that_changed_has_other_settings(tmp_path):
+    found = []
+    for caption in ("a", "another"):
+        pa.parquet.write_table(pa.table({"caption": [caption]}), tmp_path / "t.parquet")
+        found.append(open_source(tmp_path / "t.parquet", "text").settings())
+    assert found[0] != found[1]

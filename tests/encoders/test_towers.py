@@ -1,5 +1,6 @@
 """Towers against the outputs of transformers itself, on tiny random models of each architecture."""
 
+import inspect
 import json
 import pathlib
 import pickle
@@ -15,6 +16,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("PIL")
 
+import safetensors.numpy  # noqa: E402
 import tiny_models  # noqa: E402
 from PIL import Image  # noqa: E402
 from tiny_models import BACKENDS, TEXTS, each_backend, each_backend_if_slow  # noqa: E402
@@ -135,9 +137,11 @@ TEXTS_OF = {
     "siglip": ("SiglipTextModel", "pooler_output"),
     "qwen3": ("AutoModel", None),
     "roberta": ("AutoModel", "pooler_output"),
+    "xlm-roberta": ("AutoModel", "pooler_output"),
     "mpnet": ("AutoModel", "pooler_output"),
     "distilbert": ("AutoModel", None),
     "modernbert": ("AutoModel", None),
+    "qwen2": ("AutoModel", None),
     "llama": ("AutoModel", None),
     "mistral": ("AutoModel", None),
 }
@@ -285,6 +289,15 @@ def test_prompts_and_lengths_are_the_tokenizers_own(saved):
     assert got[0] == 257 and got[-1] == 258
 
 
+def test_white_space_around_a_text_is_no_token(saved):
+    preprocess = load(
+        saved("bert"), "text", backend="torch", pooling="mean", prompt=" q:"
+    ).preprocess
+    wanted = preprocess("a cat")["input_ids"].tolist()
+    assert preprocess.tokenizer.decode(wanted) == "<s>q:a cat</s>"
+    assert preprocess("a cat \n")["input_ids"].tolist() == wanted
+
+
 def test_what_a_text_ends_with(saved):
     from sotalign_jax.encoders.preprocess import TextPreprocessor
 
@@ -312,6 +325,36 @@ def test_preprocessors_travel_and_refuse(saved, pictures):
             preprocess(3)
     with pytest.raises(ValueError, match=r"not valid Unicode"):
         preprocess("\ud800")
+
+
+@pytest.mark.parametrize(
+    "change,said",
+    [
+        ({"do_center_crop": True}, "do_center_crop"),
+        ({"do_pad": True}, "do_pad"),
+        ({"do_rescale": False}, "do_rescale"),
+        ({"size": {"shortest_edge": 28}}, "shortest_edge"),
+    ],
+)
+def test_pictures_of_dinov3_with_steps_that_are_not_known(saved, tmp_path, change, said):
+    folder = tmp_path / "copy"
+    shutil.copytree(saved("dinov3_vit"), folder)
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(
+        ValueError, match=rf"^name: .*steps or sizes that are not known here.*{said}"
+    ):
+        load(folder, "image", backend="torch")
+
+
+def test_pictures_that_would_not_fit_into_memory(saved):
+    narrow = Image.new("L", (1, 90_000))
+    preprocess = load(saved("dinov2"), "image", backend="torch").preprocess
+    with pytest.raises(ValueError, match=r"too narrow: 1 x 90000 pixels, .* side at 32"):
+        preprocess(narrow)
+    assert preprocess(Image.new("L", (1, 3_000)))["pixel_values"].shape == (3, 28, 28)
+    # It makes them square, whatever they are.
+    assert load(saved("vit"), "image", backend="torch").preprocess(narrow)
 
 
 def test_pictures_of_any_kind(saved):
@@ -357,7 +400,7 @@ def sentence_files(folder, *, pooling, normalize=True, stage="Normalize"):
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
     facts = {"max_seq_length": 11, "do_lower_case": True}
     (folder / "sentence_bert_config.json").write_text(json.dumps(facts))
-    prompts = {"prompts": {"q": "q: "}, "default_prompt_name": "q"}
+    prompts = {"prompts": {"q": "Q: "}, "default_prompt_name": "q"}
     (folder / "config_sentence_transformers.json").write_text(json.dumps(prompts))
 
 
@@ -371,7 +414,7 @@ def test_sentence_transformers_files(saved, tmp_path, pooling):
     encoder = load(folder, "text", backend="torch")
     said = encoder.description
     assert (said.pooling, said.normalized) == ("cls", True)
-    assert (said.settings["prompt"], said.settings["max_length"]) == ("q: ", 11)
+    assert (said.settings["prompt"], said.settings["max_length"]) == ("Q: ", 11)
     wanted = hidden_of_texts(saved("bert"), "bert", ["q: a cat"])[0][0].last_hidden_state[:, 0]
     assert_close(encode(encoder, ["A CAT"]), torch.nn.functional.normalize(wanted))
     # What is given overrides what the files say.
@@ -384,15 +427,53 @@ def test_sentence_transformers_files(saved, tmp_path, pooling):
     )
 
 
+@pytest.mark.parametrize(
+    "pooling,expected",
+    [
+        ({"pooling_mode_lasttoken": True}, "last"),
+        ({"pooling_mode": ["lasttoken"]}, "last"),
+        ({"pooling_mode_mean_tokens": True, "include_prompt": True}, "mean"),
+    ],
+)
+def test_sentence_transformers_files_without_unit_length(saved, tmp_path, pooling, expected):
+    folder = copy_of(saved("bert"), tmp_path)
+    sentence_files(folder, pooling=pooling, normalize=False)
+    said = load(folder, "text", backend="torch").description
+    assert (said.pooling, said.normalized) == (expected, False)
+
+
 def test_sentence_transformers_files_that_are_not_known(saved, tmp_path):
     folder = copy_of(saved("bert"), tmp_path)
     sentence_files(folder, pooling={"pooling_mode_max_tokens": True})
     with pytest.raises(ValueError, match=r"pooling: .* says pooling_mode_max_tokens"):
         load(folder, "text", backend="torch")
+    sentence_files(folder, pooling={"pooling_mode_mean_tokens": True, "include_prompt": False})
+    with pytest.raises(ValueError, match=r"^pooling: .* leaves the prompt out"):
+        load(folder, "text", backend="torch")
     sentence_files(folder, pooling={"pooling_mode_cls_token": True}, stage="Dense")
     with pytest.raises(ValueError, match=r"stages Transformer, Pooling, Dense"):
         load(folder, "text", backend="torch")
     assert load(folder, "text", backend="torch", pooling="mean").description.pooling == "mean"
+    (folder / "modules.json").write_text("[{")
+    with pytest.raises(ValueError, match=r"^name: .*modules\.json is not JSON"):
+        load(folder, "text", backend="torch")
+
+
+def test_a_hub_that_fails_does_not_change_the_pooling(saved, tmp_path, monkeypatch):
+    folder, hub = copy_of(saved("bert"), tmp_path), transformers.utils.hub
+    sentence_files(folder, pooling={"pooling_mode_cls_token": True})
+    real = hub.cached_files
+
+    def fails(path_or_repo_id, filenames, _raise_exceptions_for_connection_errors=True, **options):
+        if filenames == ["modules.json"]:
+            if _raise_exceptions_for_connection_errors:
+                raise OSError("There was a specific connection error\n503")
+            return None
+        return real(path_or_repo_id, filenames, **options)
+
+    monkeypatch.setattr(hub, "cached_files", fails)
+    with pytest.raises(ValueError, match=r"^name: .* not read from the hub \(.* error\)$"):
+        load(folder, "text", backend="torch", pooling="mean")
 
 
 REFUSED = {
@@ -424,6 +505,12 @@ REFUSED = {
         "text",
         {"pooling": "mean", "max_length": 49},
     ),
+    # Positions of its kin are counted from the id of padding.
+    "max_length: .*roberta.* takes at most 48, got 49": (
+        "roberta",
+        "text",
+        {"pooling": "mean", "max_length": 49},
+    ),
     "max_length: the prompt and the special tokens take 6": (
         "bert",
         "text",
@@ -443,6 +530,26 @@ def test_refusals(saved, message):
     family, modality, options = REFUSED[message]
     with pytest.raises(ValueError, match=f"^{message}"):
         load(saved(family), modality, **({"backend": "torch"} | options))
+
+
+@pytest.mark.parametrize(
+    "option,value,right",
+    [
+        ("normalize", "False", "true or false"),  # as --option=normalize=False is read
+        ("final_norm", 1, "true or false"),
+        ("trust_remote_code", "False", "true or false"),
+        ("pooling", True, "a string"),
+        ("prompt", 3, "a string"),
+        ("revision", 12, "a string"),
+        ("max_length", "8", "a whole number"),
+        ("batch_size", True, "a whole number"),
+    ],
+)
+def test_options_of_another_type(saved, option, value, right):
+    unchecked = inspect.unwrap(load_encoder)  # outside of tests nothing else looks at types
+    options = {"layer": 1} if option == "final_norm" else {}
+    with pytest.raises(ValueError, match=f"^{option}: must be {right}, got {value!r}$"):
+        unchecked(str(saved("bert")), "text", backend="torch", **options, **{option: value})
 
 
 @with_torchax
@@ -469,6 +576,18 @@ def test_weights_that_are_not_there(saved, tmp_path):
     folder = copy_of(saved("bert"), tmp_path, num_hidden_layers=4)
     with pytest.raises(ValueError, match=r"^name: .* has no weights for encoder\.layer\.3"):
         load(folder, "text", backend="torch", pooling="mean")
+
+
+@pytest.mark.parametrize("family,modality", [("bert", "text"), ("vit", "image")])
+def test_a_row_of_its_own_that_was_never_trained(saved, tmp_path, family, modality):
+    folder = copy_of(saved(family), tmp_path)
+    weights = safetensors.numpy.load_file(folder / "model.safetensors")
+    kept = {k: v for k, v in weights.items() if "pooler" not in k}
+    assert len(kept) == len(weights) - 2
+    safetensors.numpy.save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"^pooling: .* has no weights for pooler\.dense"):
+        load(folder, modality, backend="torch", pooling="model")
+    assert load(folder, modality, backend="torch", pooling="cls")
 
 
 def test_weights_that_cannot_be_read(saved, tmp_path):

@@ -8,6 +8,10 @@ from PIL import Image
 
 from sotalign_jax.encoders.callables import CallableEncoder
 
+# Seconds a batch: long enough for a test on a busy machine to see a part done, and to interfere
+# before the next one is.
+SLOW = 0.1
+
 
 def image(items):
     """4 by 4 colours of each image."""
@@ -22,12 +26,12 @@ def text(items):
 
 
 def slow_image(items):
-    time.sleep(0.02)
+    time.sleep(SLOW)
     return image(items)
 
 
 def slow_text(items):
-    time.sleep(0.02)
+    time.sleep(SLOW)
     return text(items)
 
 

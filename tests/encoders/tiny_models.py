@@ -84,6 +84,12 @@ def configuration(family, positions=48):
             t.RobertaModel,
             t.RobertaConfig(**(text | {"max_position_embeddings": positions + 2}), pad_token_id=1),
         ),
+        "xlm-roberta": lambda: (
+            t.XLMRobertaModel,
+            t.XLMRobertaConfig(
+                **(text | {"max_position_embeddings": positions + 2}), pad_token_id=1
+            ),
+        ),
         "mpnet": lambda: (
             t.MPNetModel,
             t.MPNetConfig(**(text | {"max_position_embeddings": positions + 2}), pad_token_id=1),
@@ -104,6 +110,10 @@ def configuration(family, positions=48):
             t.ModernBertConfig(
                 **text, **IDS, cls_token_id=257, sep_token_id=258, local_attention=8
             ),
+        ),
+        "qwen2": lambda: (
+            t.Qwen2Model,
+            t.Qwen2Config(**{k: v for k, v in decoder.items() if k != "head_dim"}),
         ),
         "qwen3": lambda: (t.Qwen3Model, t.Qwen3Config(**decoder)),
         "llama": lambda: (t.LlamaModel, t.LlamaConfig(**decoder, **IDS)),

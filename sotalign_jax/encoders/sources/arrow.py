@@ -50,7 +50,7 @@ class _ArrowSource(RowSource):
             paths=[field.name for field in schema if any(check(field.type) for check in text)],
             folder=folder,
             contents=fingerprint(
-                [(file.name, rows) for file, rows in zip(files, sizes, strict=True)]
+                [(f.name, n, f.stat().st_size) for f, n in zip(files, sizes, strict=True)]
                 + [f"{field.name} {field.type}" for field in schema]
             ),
             columns=columns,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import os
 import posixpath
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -171,9 +172,10 @@ class RowSource(RangedSource):
         return str(number), ""
 
     def _path_id(self, value: str) -> str:
-        path = Path(value)
-        if path.is_absolute() and path.is_relative_to(self._folder):
-            value = path.relative_to(self._folder).as_posix()
+        # The id must not depend on where the command runs, as the path of the table may.
+        path, folder = Path(value), os.path.abspath(self._folder)
+        if path.is_absolute() and path.is_relative_to(folder):
+            value = path.relative_to(folder).as_posix()
         return without_suffix(posixpath.normpath(value.replace("\\", "/")))
 
 

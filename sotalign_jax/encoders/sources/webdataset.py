@@ -37,7 +37,7 @@ class WebDatasetSource(Source):
         columns: what suffixes and fields are called.
 
     Raises:
-        ValueError: two archives of one name in one folder, or none.
+        ValueError: no archives.
     """
 
     def __init__(self, path: str, modality: str, files: Sequence[Path], columns: Columns):
@@ -138,11 +138,14 @@ class _Reading:
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, bytes]]]:
         members: dict[str, bytes] = {}
+        suffixes: set[str] = set()
         for key, suffix, data in self._members():
-            if key != self.last:
+            # A file that the sample has already is of the next one, which has the same key.
+            if key != self.last or suffix in suffixes:
                 if self.last:
                     yield self.last, members
-                self.last, members = key, {}
+                self.last, members, suffixes = key, {}, set()
+            suffixes.add(suffix)
             if data is not None:
                 members[suffix] = data
         if self.last and (members or not self.problem):
@@ -159,7 +162,7 @@ class _Reading:
 
     def _files_of(self, archive: tarfile.TarFile) -> Iterator[tuple[str, str, bytes | None]]:
         for member in archive:
-            match = _NAME.fullmatch(member.name)
+            match = _NAME.fullmatch(member.name.removeprefix("./"))  # as of `tar -C FOLDER .`
             if not member.isfile() or match is None:
                 continue
             key, suffix = match[1], match[2].lower()
