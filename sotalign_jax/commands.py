@@ -56,7 +56,7 @@ USAGE = """sotalign: semi-supervised alignment of frozen image and text encoders
   sotalign report      DIR [--out=FILE.html]    a page on a run, a comparison or a sweep
   sotalign encode      --images=PATH|--texts=PATH --encoder=NAME --out=DIR    items to features
   sotalign inspect     PATH ...                          features, an aligner or a run, described
-  sotalign data        list | describe NAME | captions NAME | prompts NAME    where data comes from
+  sotalign data        list | describe NAME | captions NAME | prompts NAME | labels PATH    data
 
 Any field of a config can be set on the command line: --config.loss.alpha=0.1
 """

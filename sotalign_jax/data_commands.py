@@ -1,5 +1,7 @@
-"""What ``sotalign data list | describe | captions | prompts`` do, and their flags; and those by
-which ``sotalign evaluate`` is by a protocol."""
+"""What ``sotalign data list | describe | captions | prompts | labels`` do, and their flags.
+
+And those by which ``sotalign evaluate`` is by a protocol.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +15,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sotalign_jax import commands, protocols
+from sotalign_jax import commands, encode_commands, protocols
 from sotalign_jax.captions import CAPTIONS, write_captions
+from sotalign_jax.encoders.sources import open_source
+from sotalign_jax.encoders.sources.rows import RowSource
 from sotalign_jax.files import check_absent, replace_text_parts
 from sotalign_jax.protocol_commands import run_protocol
 from sotalign_jax.recipes import RECIPES, find_recipe
 from sotalign_jax.training.metrics import make_console
 
-__all__ = ["WORDS", "captions", "data", "describe", "evaluate", "list_data", "prompts"]
+__all__ = ["WORDS", "captions", "data", "describe", "evaluate", "labels", "list_data", "prompts"]
 
 _ANNOTATIONS = flags.DEFINE_string("annotations", None, "Annotation file of a data set.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON.")
@@ -30,11 +34,12 @@ _CLASSNAMES = flags.DEFINE_string("classnames", None, "Class names, one a line, 
 _PROTOCOL = flags.DEFINE_string(
     "protocol", None, "Evaluate by this protocol; see docs/protocols.md."
 )
+_LABEL = flags.DEFINE_string("label", "label", "Column or feature that has the label of an image.")
 _LABELS = flags.DEFINE_string("labels", None, "Labels of images: CSV or JSON lines, id and label.")
 
 _USAGE = (
     "write sotalign data list | describe NAME | captions NAME --annotations=FILE --out=FILE.jsonl "
-    "| prompts NAME --out=FILE.jsonl"
+    "| prompts NAME --out=FILE.jsonl | labels PATH --out=FILE.jsonl"
 )
 
 
@@ -61,6 +66,8 @@ def data(words: Sequence[str]) -> None:
             captions(name, annotations, _needed("out", out), _VARIANT.value, _URLS.value)
         case ["prompts", name]:
             prompts(name, _needed("out", out), _CLASSNAMES.value)
+        case ["labels", path]:
+            labels(path, _needed("out", out), _LABEL.value, **encode_commands.source_options())
         case _:
             raise ValueError(_USAGE)
 
@@ -148,6 +155,45 @@ def prompts(
         f"{len(lines):,} prompts, {len(protocols.templates(name))} of each of {len(names):,} "
         f"classes (names from {source}): {out}",
     )
+
+
+def labels(
+    path: str,
+    out: str,
+    label: str = "label",
+    console: Console | None = None,
+    **options: Any,
+) -> int:
+    """Write the labels of a table's or data set's images, by the ids that `encode` gives them.
+
+    Args:
+        path: as ``--images`` of ``sotalign encode`` takes it: a table, or a data set of
+            tensorflow-datasets or Hugging Face.
+        out: JSON lines ``{"id", "label"}``.
+        label: the column or feature.
+        console: where to report.
+        options: of `open_source`.
+
+    Returns:
+        The number of labels.
+
+    Raises:
+        ValueError: ``out`` exists, no such source or column, or a label that is neither text nor a
+            whole number.
+    """
+    check_absent(out, what="file")
+    source = open_source(path, "image", **options)
+    if not isinstance(source, RowSource):
+        raise ValueError(f"{path}: is read as {source.kind}, which has no columns of labels")
+    lines = []
+    for name, value in source.values(label):
+        if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
+            raise ValueError(f"{path}: {label} of {name!r} is {value!r}; must be text or a number")
+        lines.append(json.dumps({"id": name, "label": value}, ensure_ascii=False) + "\n")
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    replace_text_parts(out, lines)
+    _say(console or make_console(), f"{len(lines):,} labels: {out}")
+    return len(lines)
 
 
 def _needed(flag: str, value: str | None) -> str:

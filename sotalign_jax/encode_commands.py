@@ -27,7 +27,7 @@ from sotalign_jax.encoders.sources import KINDS, Columns, Source, open_source
 from sotalign_jax.features.store import DTYPES
 from sotalign_jax.training.metrics import ProgressBar, make_console
 
-__all__ = ["WORDS", "encode"]
+__all__ = ["WORDS", "encode", "source_options"]
 
 _IMAGES = flags.DEFINE_string("images", None, "Folder, table, archives or data set of images.")
 _TEXTS = flags.DEFINE_string("texts", None, "Table, text file, archives or data set of captions.")
@@ -71,15 +71,7 @@ def encode(words: Sequence[str], console: Console | None = None) -> int:
     if background is not None and images is None:
         raise ValueError("--background: is of images")
     options = _options(_OPTION.value)
-    source = open_source(
-        images or texts or "",
-        modality,
-        kind=_KIND.value,
-        columns=_columns(_COLUMN.value),
-        split=_SPLIT.value,
-        rows_per_shard=_ROWS_PER_SHARD.value,
-        quoted=_QUOTED.value,
-    )
+    source = open_source(images or texts or "", modality, **source_options())
     # Before an encoder of some gigabytes is read.
     check_request(source, out, batch_size=_BATCH_SIZE.value, workers=_WORKERS.value, shards=shards)
     encoder, at_once = load(_ENCODER.value, modality, _BATCH_SIZE.value, options)
@@ -105,6 +97,17 @@ def encode(words: Sequence[str], console: Console | None = None) -> int:
         return _CTRL_C
     tell(console, summary, modality)
     return 0
+
+
+def source_options() -> dict[str, Any]:
+    """How a source is opened, by the flags."""
+    return {
+        "kind": _KIND.value,
+        "columns": _columns(_COLUMN.value),
+        "split": _SPLIT.value,
+        "rows_per_shard": _ROWS_PER_SHARD.value,
+        "quoted": _QUOTED.value,
+    }
 
 
 def load(name: str, modality: str, batch_size: int, options: dict[str, Any]) -> tuple[Encoder, int]:

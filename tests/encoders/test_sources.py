@@ -11,11 +11,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from rich.console import Console
 from tiny_encoder import png
 
+from sotalign_jax.data_commands import labels
 from sotalign_jax.encoders.sources import Columns, kind_of, open_source
 from sotalign_jax.encoders.sources.webdataset import expand
 from sotalign_jax.features import MissingFileError
+
+QUIET = Console(quiet=True)
 
 
 def items(source):
@@ -492,6 +496,49 @@ def test_data_sets_of_tfds(prepared):
         texts(prepared, split="test", columns=Columns(caption="title"))
     with pytest.raises(ValueError, match=r"column 'caption' is .* no Image"):
         images(prepared, split="test", columns=Columns(image="caption"))
+
+
+def test_labels_have_the_ids_of_the_images(prepared, tmp_path):
+    count = labels(str(prepared), str(tmp_path / "labels.jsonl"), "n", QUIET, split="train")
+    assert count == 5
+    lines = [json.loads(line) for line in (tmp_path / "labels.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == [name for name, _ in images(prepared, split="train")]
+    pictures = dict(images(prepared, split="train"))
+    assert {name: pictures[name] for name in pictures} == {
+        line["id"]: png(line["label"]) for line in lines
+    }
+    with pytest.raises(ValueError, match="exists; give another file"):
+        labels(str(prepared), str(tmp_path / "labels.jsonl"), "n", QUIET, split="train")
+
+
+def test_labels_of_tables(tmp_path):
+    (tmp_path / "shop.csv").write_text("image,kind,id\na/1.png,größe 1,x\na/2.png,two,y\n")
+    found = tmp_path / "labels.jsonl"
+    labels(str(tmp_path / "shop.csv"), str(found), "kind", QUIET)
+    assert [json.loads(line) for line in found.read_text().splitlines()] == [
+        {"id": "x", "label": "größe 1"},
+        {"id": "y", "label": "two"},
+    ]
+    table = pa.table({"image": ["a/1.png", "a/2.png"], "label": [3, 0], "other": [0.5, 1.5]})
+    pyarrow.parquet.write_table(table, tmp_path / "shop.parquet")
+    found.unlink()
+    labels(str(tmp_path / "shop.parquet"), str(found), console=QUIET)
+    assert [json.loads(line) for line in found.read_text().splitlines()] == [
+        {"id": "a/1", "label": 3},
+        {"id": "a/2", "label": 0},
+    ]
+    found.unlink()
+    for column, message in {
+        "price": r"has no column 'price', it has .*'label'",
+        "other": r"other of 'a/1' is 0\.5; must be text or a number",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            labels(str(tmp_path / "shop.parquet"), str(found), column, QUIET)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "1.png").write_bytes(png(1))
+    with pytest.raises(ValueError, match="is read as folder, which has no columns of labels"):
+        labels(str(tmp_path / "folder"), str(found), console=QUIET)
+    assert not found.exists()
 
 
 def test_data_sets_that_are_not_array_records(prepared, tmp_path):

@@ -56,9 +56,14 @@ class _ArrowSource(RowSource):
             columns=columns,
             rows_per_part=rows_per_part,
         )
-        # Of nested columns the outer ones.
-        outer = (n if n in schema.names else n.partition(".")[0] for n in self.needed)
-        self._read_columns = list(dict.fromkeys(outer))
+        self._schema_names = schema.names
+
+    @property
+    def _read_columns(self) -> list[str]:
+        """The columns that are read, of nested ones the outer ones."""
+        names = self._schema_names
+        outer = (n if n in names else n.partition(".")[0] for n in self.needed)
+        return list(dict.fromkeys(outer))
 
     def _read_rows(self, part: int, start: int, stop: int) -> Iterator[Mapping[str, Any] | str]:
         first = bisect.bisect_right(self._starts, start) - 1

@@ -126,6 +126,7 @@ class RowSource(RangedSource):
         else:
             self._id = None
         self._id_from_path = self._id is None and self._image in paths
+        self._names, self._beside = names, ""
 
     @property
     def needed(self) -> list[str]:
@@ -135,6 +136,8 @@ class RowSource(RangedSource):
             names.append(self._id)
         elif self._id_from_path:
             names.append(self._image)
+        if self._beside:
+            names.append(self._beside)
         return list(dict.fromkeys(names))
 
     def rows(self, part: int) -> int | None:
@@ -147,6 +150,35 @@ class RowSource(RangedSource):
                 yield Record(f"row {number}", None, row)
             else:
                 yield from self._records(number, row)
+
+    def values(self, column: str) -> Iterator[tuple[str, Any]]:
+        """Another column, beside the ids that the items have.
+
+        Args:
+            column: its name; a dot leads into nested ones.
+
+        Yields:
+            An id and a value for each row.
+
+        Raises:
+            ValueError: no such column, or a row that cannot be read or has no id.
+        """
+        if column not in self._names and column.partition(".")[0] not in self._names:
+            listed = ", ".join(map(repr, self._names)) or "none"
+            raise ValueError(f"{self.path}: has no column {column!r}, it has {listed}")
+        self._beside = column
+        try:
+            for part in range(len(self.parts)):
+                start, stop = self.range_of(part)
+                for number, row in enumerate(self._read_rows(part, start, stop), start):
+                    if isinstance(row, str):
+                        raise ValueError(f"{self.path}: row {number} cannot be read ({row})")
+                    name, reason = self._id_of(number, row)
+                    if reason:
+                        raise ValueError(f"{self.path}: row {number}: {reason}")
+                    yield name, field_of(row, column)
+        finally:
+            self._beside = ""
 
     @abc.abstractmethod
     def _read_rows(self, part: int, start: int, stop: int) -> Iterator[Mapping[str, Any] | str]:
