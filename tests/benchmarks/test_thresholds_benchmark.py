@@ -18,6 +18,7 @@ SMALL = {
 }
 
 
+@pytest.mark.slow
 def test_table(tmp_path, capsys):
     config = tmp_path / "small.py"
     config.write_text(

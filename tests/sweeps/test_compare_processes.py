@@ -46,6 +46,7 @@ def assert_same_comparison(home, other):
     assert read(home / "summary.json")["means"].keys() == expected.keys()
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_comparison_of_one(tmp_path):
     home, other = tmp_path / "two", tmp_path / "one"
     first, second = finish(starting(home))

@@ -109,7 +109,6 @@ SAMPLE = (
     "klot",
     "klot streamed, rows from disk",
     "sail_semi",
-    "cka",
     "structure, mixtures, rows from disk",
 )
 
@@ -123,6 +122,7 @@ def test_equals_one_device(case, tmp_path):
     assert_close(run(tmp_path / "one", 1, **one), run(tmp_path / "mesh", devices, **fields))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_devices(tmp_path):
     fields = {"checkpoint_every": 4, "make": from_teacher}
     through = run(tmp_path / "through", 1, **fields)
