@@ -27,7 +27,10 @@ _SIZE, _WIDTH = 260, 1_280
 
 
 class PixelPreprocessor:
-    """A picture to ``{"pixel_values": (3, 260, 260)}``: bicubic, then ``(x - 127) / 128``."""
+    """A picture to ``{"pixel_values": (3, 260, 260)}``.
+
+    White is added to make it a square, it in the middle; bicubic; then ``(x - 127) / 128``.
+    """
 
     def __call__(self, item: Any) -> Inputs:
         """Raises ValueError for what is no picture."""
@@ -35,7 +38,10 @@ class PixelPreprocessor:
             raise ValueError(f"expected a picture, got {type(item).__name__}")
         from PIL import Image
 
-        resized = item.convert("RGB").resize((_SIZE, _SIZE), Image.Resampling.BICUBIC)
+        side = max(item.size)
+        square = Image.new("RGB", (side, side), "white")
+        square.paste(item.convert("RGB"), ((side - item.width) // 2, (side - item.height) // 2))
+        resized = square.resize((_SIZE, _SIZE), Image.Resampling.BICUBIC)
         pixels = (np.asarray(resized, np.float32) - 127) / 128
         return {"pixel_values": np.ascontiguousarray(pixels.transpose(2, 0, 1))}
 
