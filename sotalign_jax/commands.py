@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import flags
 from rich.console import Console
 from rich.table import Table
 
@@ -35,8 +36,10 @@ __all__ = [
     "given_pairs",
     "inspect",
     "load_aligner",
+    "needed",
     "progress",
     "report",
+    "say",
     "test_pairs",
     "train",
 ]
@@ -262,6 +265,19 @@ def tell(name: str, what: str, message: str, status: int) -> int:
     """Say in one line on standard error why a command ends; returns the exit status."""
     print(f"sotalign {name}: {what}: {' '.join(message.splitlines())}", file=sys.stderr)
     return status
+
+
+def needed(name: str) -> str:
+    """The value of a flag that a command cannot do without."""
+    value = flags.FLAGS[name].value
+    if value is None:
+        raise ValueError(f"--{name}: this command needs it")
+    return value
+
+
+def say(console: Console, text: str) -> None:
+    """Print a line as it is, however long, without colours and markup."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def aligner_path(workdir: str) -> Path:

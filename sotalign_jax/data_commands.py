@@ -55,19 +55,18 @@ def evaluate(workdir: str) -> dict[str, Any]:
 
 def data(words: Sequence[str]) -> None:
     """The command by its words and flags."""
-    out = flags.FLAGS["out"].value
     match list(words):
         case ["list"]:
             list_data(as_json=_JSON.value)
         case ["describe", name]:
             describe(name, as_json=_JSON.value)
         case ["captions", name]:
-            annotations = _needed("annotations", _ANNOTATIONS.value)
-            captions(name, annotations, _needed("out", out), _VARIANT.value, _URLS.value)
+            annotations = commands.needed("annotations")
+            captions(name, annotations, commands.needed("out"), _VARIANT.value, _URLS.value)
         case ["prompts", name]:
-            prompts(name, _needed("out", out), _CLASSNAMES.value)
+            prompts(name, commands.needed("out"), _CLASSNAMES.value)
         case ["labels", path]:
-            labels(path, _needed("out", out), _LABEL.value, **encode_commands.source_options())
+            labels(path, commands.needed("out"), _LABEL.value, **encode_commands.source_options())
         case _:
             raise ValueError(_USAGE)
 
@@ -85,7 +84,7 @@ def list_data(*, as_json: bool = False, console: Console | None = None) -> None:
         named = ", ".join(recipe.protocols)
         table.add_row(recipe.name, escape(recipe.title), named, escape(recipe.used_for))
     console.print(table)
-    _say(console, f"captions are read of: {', '.join(CAPTIONS)}")
+    commands.say(console, f"captions are read of: {', '.join(CAPTIONS)}")
 
 
 def describe(name: str, *, as_json: bool = False, console: Console | None = None) -> None:
@@ -122,7 +121,7 @@ def describe(name: str, *, as_json: bool = False, console: Console | None = None
         counts.add_row(split.name, *numbers, escape(split.remark))
     console.print(counts)
     for command in (*recipe.prepare, *recipe.commands):
-        _say(console, command)
+        commands.say(console, command)
 
 
 def captions(
@@ -135,7 +134,7 @@ def captions(
 ) -> None:
     """Write the table of captions of a data set's annotation file."""
     records, texts = write_captions(name, annotations, out, variant=variant, urls=urls)
-    _say(console or make_console(), f"{records:,} records with {texts:,} captions: {out}")
+    commands.say(console or make_console(), f"{records:,} records with {texts:,} captions: {out}")
 
 
 def prompts(
@@ -150,7 +149,7 @@ def prompts(
     ]
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     replace_text_parts(out, lines)
-    _say(
+    commands.say(
         console or make_console(),
         f"{len(lines):,} prompts, {len(protocols.templates(name))} of each of {len(names):,} "
         f"classes (names from {source}): {out}",
@@ -192,22 +191,12 @@ def labels(
         lines.append(json.dumps({"id": name, "label": value}, ensure_ascii=False) + "\n")
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     replace_text_parts(out, lines)
-    _say(console or make_console(), f"{len(lines):,} labels: {out}")
+    commands.say(console or make_console(), f"{len(lines):,} labels: {out}")
     return len(lines)
 
 
-def _needed(flag: str, value: str | None) -> str:
-    if value is None:
-        raise ValueError(f"--{flag}: this command needs it")
-    return value
-
-
 def _print_json(console: Console, value: Any) -> None:
-    _say(console, json.dumps(value, indent=2, ensure_ascii=False))
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    commands.say(console, json.dumps(value, indent=2, ensure_ascii=False))
 
 
 # By the command's name, for `main`.

@@ -14,6 +14,7 @@ from typing import Any
 from absl import flags
 from rich.console import Console
 
+from sotalign_jax.commands import say
 from sotalign_jax.encoders.base import Encoder
 from sotalign_jax.encoders.callables import load_callable
 from sotalign_jax.encoders.extract import (
@@ -90,10 +91,10 @@ def encode(words: Sequence[str], console: Console | None = None) -> int:
                 progress=progress,
             )
     except Interrupted as stop:
-        _say(console, f"sotalign encode: {stop}")
+        say(console, f"sotalign encode: {stop}")
         return _LEFT
     except KeyboardInterrupt:
-        _say(console, "sotalign encode: stopped; the same command goes on")
+        say(console, "sotalign encode: stopped; the same command goes on")
         return _CTRL_C
     tell(console, summary, modality)
     return 0
@@ -128,25 +129,25 @@ def tell(console: Console, summary: Summary, modality: str) -> None:
     """Say what was written, what was left out, and where the list is."""
     if summary.parts_left:
         done = f"{summary.rows:,} rows so far"
-        _say(console, f"{summary.parts_left} parts are left, {done}; the same command goes on")
+        say(console, f"{summary.parts_left} parts are left, {done}; the same command goes on")
         return
     if not summary.complete:
-        _say(console, "all parts are done; another process is putting the store together")
+        say(console, "all parts are done; another process is putting the store together")
         return
     skipped = sum(summary.skipped.values())
-    _say(
+    say(
         console,
         f"{summary.rows:,} {modality} rows, {summary.dim:,} columns, {skipped:,} items left out: "
         f"{summary.out}",
     )
     for reason, count in sorted(summary.skipped.items(), key=lambda item: -item[1]):
-        _say(console, f"  left out: {count:,} {reason}")
+        say(console, f"  left out: {count:,} {reason}")
     if skipped:
         listed = summary.out.with_name(f"{summary.out.name}.skipped.jsonl")
-        _say(console, f"  each with its reason in {listed}")
+        say(console, f"  each with its reason in {listed}")
     share = skipped / (skipped + summary.rows)
     if share > _LOUD:
-        _say(console, f"WARNING: {100 * share:.1f}% of the items were left out")
+        say(console, f"WARNING: {100 * share:.1f}% of the items were left out")
 
 
 @contextmanager
@@ -224,10 +225,6 @@ def _colour(given: str | None) -> tuple[int, int, int] | None:
         raise ValueError(f"--background: must be R,G,B, as in 255,255,255; got {given!r}")
     red, green, blue = map(int, parts)
     return red, green, blue
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 WORDS = {"encode": encode}

@@ -30,7 +30,7 @@ def _export(words: Sequence[str]) -> None:
     """The command by its flags."""
     if words:
         raise ValueError(f"{words[0]}: unexpected; write sotalign export --workdir=RUN --out=DIR")
-    workdir, out = _needed("workdir"), _needed("out")
+    workdir, out = commands.needed("workdir"), commands.needed("out")
     image, text = flags.FLAGS.image, flags.FLAGS.text
     if _FORMAT.value == "clip-retrieval":
         export_embeddings(workdir, out, image, text)
@@ -38,13 +38,6 @@ def _export(words: Sequence[str]) -> None:
         raise ValueError("--image, --text: they belong to --format=clip-retrieval")
     else:
         export_model(workdir, out)
-
-
-def _needed(name: str) -> str:
-    value = flags.FLAGS[name].value
-    if value is None:
-        raise ValueError(f"--{name}: this command needs it")
-    return value
 
 
 def export_model(workdir: str, out: str, console: Console | None = None) -> Path:
@@ -104,7 +97,7 @@ def _import_sail(words: Sequence[str]) -> None:
     """The command by its flags."""
     if len(words) != 1:
         raise ValueError(f"import-sail: give one checkpoint, got {len(words)}")
-    import_sail(words[0], _needed("out"))
+    import_sail(words[0], commands.needed("out"))
 
 
 def import_sail(path: str, out: str, console: Console | None = None) -> Path:
