@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -27,7 +28,8 @@ def write_clip_retrieval(
 
     Row i of all three is one pair; an image with five captions stands there five times. Rows are
     float16, as that tool writes them; the metadata have ``image_path`` (the id) and ``caption``.
-    N is padded with zeros where there are several, so that file names sort as numbers do.
+    N is padded with zeros where there are several, so that file names sort as numbers do. Of the
+    rows no more than a chunk is held in memory.
 
     Args:
         directory: where to; it must not exist.
@@ -42,7 +44,7 @@ def write_clip_retrieval(
 
     Raises:
         ValueError: the directory exists, no pairs, sides that differ in rows, a wrong number of
-            captions, or a value that float16 cannot hold.
+            captions, chunks that differ in columns, or a value that float16 cannot hold.
     """
     import pyarrow
     import pyarrow.parquet
@@ -59,16 +61,9 @@ def write_clip_retrieval(
     with new_directory(directory) as partial:
         for folder in ("img_emb", "text_emb", "metadata"):
             (partial / folder).mkdir()
-        sides = {"img_emb": image, "text_emb": text}
-        for folder, chunks in sides.items():
-            done = 0
-            for number, block in enumerate(_blocks(chunks, rows_per_shard)):
-                _check(block, folder, done)
-                name = f"{folder}_{number:0{digits}d}.npy"
-                np.save(partial / folder / name, block.astype(np.float16))
-                done += len(block)
-            if done != rows:
-                raise ValueError(f"{folder}: {done} rows for {rows} pairs")
+        for folder, chunks in (("img_emb", image), ("text_emb", text)):
+            names = (f"{folder}_{number:0{digits}d}.npy" for number in range(shards))
+            _write(chunks, [partial / folder / name for name in names], rows, rows_per_shard)
         for number in range(shards):
             part = slice(number * rows_per_shard, (number + 1) * rows_per_shard)
             here = [str(one) for one in ids[part]]
@@ -80,21 +75,32 @@ def write_clip_retrieval(
     return shards
 
 
-def _blocks(chunks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """Rows in blocks of that size, however they come."""
-    waiting: list[np.ndarray] = []
-    count = 0
+def _write(chunks: Iterable[np.ndarray], files: Sequence[Path], rows: int, size: int) -> None:
+    """Rows into files of that many, each of which is laid out before it is filled."""
+    folder = files[0].parent.name
+    done, open_file = 0, None
     for chunk in chunks:
-        rows = np.asarray(chunk)
-        while count + len(rows) >= size:
-            head, rows = np.split(rows, [size - count])
-            yield np.concatenate([*waiting, head])
-            waiting, count = [], 0
-        if len(rows):
-            waiting.append(rows)
-            count += len(rows)
-    if waiting:
-        yield np.concatenate(waiting)
+        block = np.asarray(chunk)
+        _check(block, folder, done)
+        if done + len(block) > rows:
+            raise ValueError(f"{folder}: more than {rows} rows for {rows} pairs")
+        while len(block):
+            number, at = divmod(done, size)
+            if open_file is None or at == 0:
+                shape = (min(size, rows - number * size), block.shape[1])
+                open_file = np.lib.format.open_memmap(files[number], "w+", np.float16, shape)
+            if block.shape[1] != open_file.shape[1]:
+                raise ValueError(
+                    f"{folder}: row {done} has {block.shape[1]} columns, those before it "
+                    f"{open_file.shape[1]}"
+                )
+            part, block = np.split(block, [len(open_file) - at])
+            open_file[at : at + len(part)] = part
+            done += len(part)
+            if at + len(part) == len(open_file):
+                open_file.flush()
+    if done != rows:
+        raise ValueError(f"{folder}: {done} rows for {rows} pairs")
 
 
 def _check(block: np.ndarray, folder: str, first: int) -> None:

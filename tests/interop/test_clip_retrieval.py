@@ -1,5 +1,7 @@
 """clip-retrieval's layout, read back file by file."""
 
+import tracemalloc
+
 import numpy as np
 import pyarrow.parquet
 import pytest
@@ -54,15 +56,36 @@ def test_numbers_are_padded(tmp_path):
     assert table["caption"].to_pylist() == [""]
 
 
+def test_memory_is_that_of_a_chunk(tmp_path):
+    count, dim, size = 40_000, 256, 500
+    block = np.ones((size, dim), np.float32)
+
+    def side():
+        for _ in range(count // size):
+            yield block
+
+    ids = list(map(str, range(count)))
+    tracemalloc.start()
+    try:
+        write_clip_retrieval(tmp_path / "out", side(), side(), ids=ids, rows_per_shard=30_000)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # A shard is 15 MB in float16; the ids of one take their own, whatever the rows.
+    assert most < 5e6 + 120 * count
+    assert np.load(tmp_path / "out" / "text_emb" / "text_emb_1.npy").shape == (10_000, dim)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"ids": []}, "ids: no pairs"),
         ({"captions": ["one"]}, "captions: 1 for 11 pairs"),
         ({"image": [rows(count=10)]}, "img_emb: 10 rows for 11 pairs"),
-        ({"text": [rows(count=12)]}, "text_emb: 12 rows for 11 pairs"),
+        ({"text": [rows(count=12)]}, "text_emb: more than 11 rows for 11 pairs"),
         ({"text": [rows(), np.full((1, 3), 1e6)]}, "text_emb: row 11 holds what float16 cannot"),
         ({"image": [np.full((11, 3), np.nan)]}, "img_emb: row 0 holds"),
+        ({"image": [rows(count=4), rows(4, 7)]}, "img_emb: row 4 has 4 columns, .* 3$"),
         ({"rows_per_shard": 0}, "rows_per_shard must be at least 1"),
     ],
 )
