@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from sotalign_jax.encoders.base import Description, Encoder, Inputs, Preprocessor
+from sotalign_jax.encoders.base import AsyncEncoder, Description, Encoder, Inputs, Preprocessor
 from sotalign_jax.encoders.presets import PRESETS, Preset
 
 if TYPE_CHECKING:
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PRESETS",
+    "AsyncEncoder",
     "Description",
     "Encoder",
     "Inputs",

@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from sotalign_jax.encoders.extras import has, need
 from sotalign_jax.features.store import BFLOAT16
 
-__all__ = ["BACKENDS", "JaxBackend", "TorchBackend", "choose_backend", "local_devices"]
+__all__ = ["BACKENDS", "Backend", "JaxBackend", "TorchBackend", "choose_backend", "local_devices"]
 
 BACKENDS = ("auto", "torch", "torchax")
 AXIS = "rows"
@@ -70,8 +70,8 @@ class TorchBackend:
             if getattr(module, "_supports_sdpa", False):
                 module.set_attn_implementation("sdpa")  # less memory: no matrix of weights
 
-    def __call__(self, inputs: Arrays) -> np.ndarray:
-        """Rows ``(n, d)``, float32."""
+    def __call__(self, inputs: Arrays) -> Any:
+        """Rows ``(n, d)``, float32, on the device and maybe still being computed."""
         torch = self._torch
         tensors = {
             name: torch.from_numpy(np.array(x, np.int64 if x.dtype.kind == "i" else np.float32))
@@ -80,7 +80,10 @@ class TorchBackend:
         # TensorFloat-32, the default of convolutions, has the precision of float16.
         exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
         with torch.inference_mode(), exact:
-            rows = self._network(**{name: x.to(self.device) for name, x in tensors.items()})
+            return self._network(**{name: x.to(self.device) for name, x in tensors.items()})
+
+    def fetch(self, rows: Any) -> np.ndarray:
+        """Rows that a call gave, once they are computed."""
         return rows.cpu().numpy()
 
 
@@ -156,6 +159,10 @@ class JaxBackend:
         with self._settings():
             return self._run(self._state, placed)
 
+    def fetch(self, rows: jax.Array) -> np.ndarray:
+        """Rows that a call gave, once they are computed."""
+        return np.asarray(rows)
+
     @contextlib.contextmanager
     def _settings(self) -> Iterator[None]:
         """JAX as torchax needs it, whatever the caller has set."""
@@ -226,4 +233,4 @@ def _no_traces_of_import() -> Iterator[None]:
             os.environ.pop(variable, None)
 
 
-Backend = Callable[[Arrays], Any]
+Backend = TorchBackend | JaxBackend

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32
 
-__all__ = ["Description", "Encoder", "Inputs", "Preprocessor"]
+__all__ = ["AsyncEncoder", "Description", "Encoder", "Inputs", "Preprocessor"]
 
 # Arrays of one item, without an axis for the batch: {"pixel_values": (3, 224, 224)}.
 Inputs = Mapping[str, np.ndarray]
@@ -59,5 +59,17 @@ class Encoder(Protocol):
         """One row for each item, in their order.
 
         Rows may depend by rounding on what else is in the batch, and on nothing else.
+        """
+        ...
+
+
+@runtime_checkable
+class AsyncEncoder(Encoder, Protocol):
+    """An encoder that need not be waited for."""
+
+    def submit(self, batch: Sequence[Inputs]) -> Callable[[], Float32[np.ndarray, "n dim"]]:
+        """Starts what `encode` does, and returns what waits for the rows and returns them.
+
+        The rows are asked for in the order in which they were begun, and maybe never.
         """
         ...

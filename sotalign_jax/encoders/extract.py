@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sotalign_jax.encoders.assemble import assemble, beside
-from sotalign_jax.encoders.base import Encoder
+from sotalign_jax.encoders.base import AsyncEncoder, Encoder
 from sotalign_jax.encoders.images import Colour
 from sotalign_jax.encoders.parts import PartWriter, WorkingDirectory, compare_settings, read_json
 from sotalign_jax.encoders.sources import Source
@@ -287,6 +288,9 @@ class _Ended(NamedTuple):
     part: int
 
 
+_Step = _Begun | list[Prepared] | _Ended
+
+
 class _Run:
     """One process at work on a range of parts."""
 
@@ -314,7 +318,7 @@ class _Run:
             self._progress(Progress(parts, records))
         try:
             with read_ahead(self._steps(pool, first, last), _AHEAD) as steps:
-                for step in steps:
+                for step, rows in self._begun(steps):
                     if isinstance(step, _Begun):
                         name = self._source.parts[step.part]
                         text = self._source.modality == "text"
@@ -328,7 +332,11 @@ class _Run:
                         parts += 1
                     else:
                         assert writer is not None
-                        self._encode_batch(writer, step)
+                        for item in step:
+                            if item.inputs is None:
+                                writer.skip(item, item.reason)
+                        if rows is not None:
+                            writer.write([one for one in step if one.inputs is not None], rows())
                         records += len(step)
                     if self._progress is not None:
                         self._progress(Progress(parts, records))
@@ -339,18 +347,36 @@ class _Run:
                 self._home.sweep_part(part)  # a signal may have come before there was a writer
                 held.close()
 
-    def _encode_batch(self, writer: PartWriter, items: list[Prepared]) -> None:
-        good = [item for item in items if item.inputs is not None]
-        for item in items:
-            if item.inputs is None:
-                writer.skip(item, item.reason)
-        if good:
-            batch = [item.inputs for item in good if item.inputs is not None]
-            writer.write(good, self._encoder.encode(batch))
+    def _begun(self, steps: Iterator[_Step]) -> Iterator[tuple[_Step, Callable[[], Any] | None]]:
+        """Steps, and of items what gives their rows, once the next ones are begun with.
 
-    def _steps(
-        self, pool: Workers, first: int, last: int
-    ) -> Iterator[_Begun | list[Prepared] | _Ended]:
+        So a device has work while the rows of one batch are fetched and written, and while the next
+        is put together. Where an encoder must be waited for, nothing is held back.
+        """
+        encoder = self._encoder
+        ahead = 1 if isinstance(encoder, AsyncEncoder) else 0
+        waiting: collections.deque[tuple[_Step, Callable[[], Any] | None]] = collections.deque()
+        begun = 0
+        try:
+            for step in steps:
+                batch = step if isinstance(step, list) else []
+                inputs = [item.inputs for item in batch if item.inputs is not None]
+                rows = None
+                if inputs and isinstance(encoder, AsyncEncoder):
+                    rows = encoder.submit(inputs)
+                elif inputs:
+                    rows = functools.partial(encoder.encode, inputs)
+                waiting.append((step, rows))
+                begun += rows is not None
+                while waiting and (begun > ahead or waiting[0][1] is None):
+                    begun -= waiting[0][1] is not None
+                    yield waiting.popleft()
+        except (ValueError, OSError):
+            yield from waiting  # of the steps: what came before the one that fails is done
+            raise
+        yield from waiting
+
+    def _steps(self, pool: Workers, first: int, last: int) -> Iterator[_Step]:
         """What there is to do, drawn in a thread that is ahead of the encoder."""
         found = True
         while found:  # once more, for parts whose process has died since

@@ -11,7 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float32
 
-from sotalign_jax.encoders.backends import JaxBackend, TorchBackend, choose_backend, local_devices
+from sotalign_jax.encoders.backends import (
+    Backend,
+    JaxBackend,
+    TorchBackend,
+    choose_backend,
+    local_devices,
+)
 from sotalign_jax.encoders.base import Description, Encoder, Inputs, Preprocessor
 from sotalign_jax.encoders.packaged import PACKAGED, load_efficientnet_lite, packaged_path
 from sotalign_jax.encoders.presets import find_preset
@@ -230,7 +236,7 @@ class Tower:
         if backend == "torchax":
             jitted = JaxBackend(loaded.network, devices=devices, exact=dtype == "float32")
             self._batch = -(-batch_size // jitted.rows) * jitted.rows
-            self._run: Callable[[Mapping[str, np.ndarray]], Any] = jitted
+            self._run: Backend = jitted
             try:
                 jitted.trace(self._shapes())
             except Exception as error:  # whatever torchax lacks for this model
@@ -261,6 +267,20 @@ class Tower:
         Raises:
             ValueError: no items, or items that another preprocessor made.
         """
+        return self.submit(batch)()
+
+    def submit(self, batch: Sequence[Inputs]) -> Callable[[], Float32[np.ndarray, "n dim"]]:
+        """Starts `encode`: its first rows are being computed when this returns.
+
+        Args:
+            batch: as for `encode`.
+
+        Returns:
+            What waits for the rows and returns them.
+
+        Raises:
+            ValueError: as `encode`.
+        """
         if not batch:
             raise ValueError("encode: needs at least one item, got none")
         key = "input_ids" if self._loaded.image_shape is None else "pixel_values"
@@ -269,22 +289,24 @@ class Tower:
                 raise ValueError(f"encode: items must have {key}, got {', '.join(item)}")
         # Texts of like length go together, so that little padding is needed.
         order = np.argsort([len(item[key]) for item in batch], kind="stable")
-        out: np.ndarray | None = None
-        waiting: list[tuple[np.ndarray, Any]] = []
-        starts = range(0, len(order), self._batch)
-        for start in starts:
-            chosen = order[start : start + self._batch]
-            inputs = self._inputs([batch[i] for i in chosen])
-            waiting.append((chosen, self._run(inputs)))
-            # One batch may still be computed while the next is put together, but not more.
-            while len(waiting) > (0 if start == starts[-1] else 1):
-                places, rows = waiting.pop(0)
-                rows = np.asarray(rows)[: len(places)]
+        chosen = [order[n : n + self._batch] for n in range(0, len(order), self._batch)]
+        begun = [self._run(self._inputs([batch[i] for i in chosen[0]]))]
+
+        def rows() -> Float32[np.ndarray, "n dim"]:
+            out: np.ndarray | None = None
+            for number, places in enumerate(chosen):
+                # One batch may still be computed while the next is put together, but not more.
+                if number + 1 < len(chosen):
+                    following = [batch[i] for i in chosen[number + 1]]
+                    begun.append(self._run(self._inputs(following)))
+                found = self._run.fetch(begun.pop(0))[: len(places)]
                 if out is None:
-                    out = np.empty((len(batch), rows.shape[1]), np.float32)
-                out[places] = rows
-        assert out is not None
-        return out
+                    out = np.empty((len(batch), found.shape[1]), np.float32)
+                out[places] = found
+            assert out is not None
+            return out
+
+        return rows
 
     def _inputs(self, items: Sequence[Inputs]) -> dict[str, np.ndarray]:
         """Arrays of a batch: of one of few shapes, where each shape costs a compilation."""

@@ -319,6 +319,52 @@ def fails_later_never(calls):
     return function
 
 
+class Device:
+    """An encoder that begins a batch when it is given and ends it when it is asked for its rows."""
+
+    def __init__(self, modality, fails=None):
+        self._encoder, self.events, self._fails = encoder(modality), [], fails
+        self.preprocess, self.description = self._encoder.preprocess, self._encoder.description
+
+    def encode(self, batch):
+        raise AssertionError("begun and waited for at once")
+
+    def submit(self, batch):
+        number = sum(event > 0 for event in self.events) + 1
+        if number == self._fails:
+            raise ValueError("out of memory")
+        self.events.append(number)
+
+        def rows():
+            self.events.append(-number)
+            return self._encoder.encode(batch)
+
+        return rows
+
+
+def test_a_device_begins_a_batch_before_the_last_one_is_waited_for(tmp_path):
+    folder = image_folder(tmp_path, 14)
+    (folder / "005.png").write_bytes(b"")
+    run(folder, "image", tmp_path / "a" / "o")
+    source = open_source(folder, "image", rows_per_shard=7)
+    device = Device("image")
+    extract_to(source, device, tmp_path / "b" / "o", batch_size=3, workers=0)
+    # Two batches of the first part, three of the second: never more than two begun.
+    assert device.events == [1, 2, -1, 3, -2, 4, -3, 5, -4, -5]
+    assert everything(tmp_path / "a" / "o") == everything(tmp_path / "b" / "o")
+
+
+def test_what_was_begun_before_a_failure_is_kept(tmp_path):
+    folder = image_folder(tmp_path, 14)
+    source = open_source(folder, "image", rows_per_shard=7)
+    device = Device("image", fails=4)  # the first batch of the second part
+    with pytest.raises(ValueError, match="out of memory"):
+        extract_to(source, device, tmp_path / "o", batch_size=3, workers=0)
+    assert device.events == [1, 2, -1, 3, -2, -3]
+    home = WorkingDirectory(tmp_path / "o")
+    assert home.done(0) and not home.done(1)
+
+
 def test_ranges_of_parts_by_several_calls(tmp_path):
     table = caption_table(tmp_path, 20)
     run(table, "text", tmp_path / "a")
