@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import warnings
@@ -17,10 +18,21 @@ from jax.typing import DTypeLike
 from sotalign_jax.encoders.extras import has, need
 from sotalign_jax.features.store import BFLOAT16
 
-__all__ = ["BACKENDS", "Backend", "JaxBackend", "TorchBackend", "choose_backend", "local_devices"]
+__all__ = [
+    "BACKENDS",
+    "WEIGHTS",
+    "Backend",
+    "JaxBackend",
+    "TorchBackend",
+    "choose_backend",
+    "local_devices",
+]
 
 BACKENDS = ("auto", "torch", "torchax")
+WEIGHTS = ("auto", "replicated", "sharded")
 AXIS = "rows"
+# Weights of fewer values are whole on every device.
+SMALL = 2**14
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -90,19 +102,24 @@ class TorchBackend:
 class JaxBackend:
     """Runs a network with JAX: one compiled program for each shape of its inputs.
 
-    Parameters lie on every device, and are arguments of the program, not constants in it; rows of
-    a batch are spread over the devices.
+    Weights are arguments of the program, not constants in it; rows of a batch are spread over the
+    devices. Where weights are sharded, each device keeps a part of each large one, and has the
+    whole of it only while it is used; the rows are the same.
 
     Args:
         network: a module of PyTorch, on the CPU.
         devices: how many of this process's devices; 0 takes all.
         exact: whether products of matrices are of full float32.
+        weights: ``"replicated"``: every device has all; ``"sharded"``; or ``"auto"``, sharded
+            where they would take more than half of a device's memory.
 
     Raises:
         ValueError: fewer devices than asked.
     """
 
-    def __init__(self, network: Any, *, devices: int = 0, exact: bool = True):
+    def __init__(
+        self, network: Any, *, devices: int = 0, exact: bool = True, weights: str = "auto"
+    ):
         import torch  # pyright: ignore[reportMissingImports]
 
         with _no_traces_of_import():
@@ -117,10 +134,21 @@ class JaxBackend:
         # An environment of our own: the default one is the user's.
         environment = torchax.tensor.Environment()
         self._network = network.eval().requires_grad_(False)
-        self._everywhere = NamedSharding(mesh, PartitionSpec())
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        size = sum(tensor.numel() * tensor.element_size() for _, tensor in self._tensors())
+        sharded = weights == "sharded" or (weights == "auto" and _too_much(size, local[0]))
+        self.weights = "sharded" if sharded else "replicated"
+        self._shardings = {
+            name: NamedSharding(
+                mesh, _spec(tensor.shape, len(local)) if sharded else everywhere.spec
+            )
+            for name, tensor in self._tensors()
+        }
         self._state: dict[str, jax.Array] = {}
 
         def run(state, inputs):
+            # Said of all at the start, done by the compiler for each when it is needed.
+            state = jax.lax.with_sharding_constraint(state, everywhere)
             state, inputs = environment.j2t_iso((state, inputs))
             with environment, torch.no_grad():
                 rows = torch.func.functional_call(network, state, (), inputs)
@@ -135,7 +163,7 @@ class JaxBackend:
             for name, (shape, dtype) in inputs.items()
         }
         state = {
-            name: jax.ShapeDtypeStruct(x.shape, _dtype(x), sharding=self._everywhere)
+            name: jax.ShapeDtypeStruct(x.shape, _dtype(x), sharding=self._shardings[name])
             for name, x in self._tensors()
         }
         with self._settings():
@@ -144,7 +172,7 @@ class JaxBackend:
     def place(self) -> None:
         """Moves the weights to the devices; the network itself has none afterwards."""
         for name, tensor in self._tensors():
-            self._state[name] = jax.device_put(_to_numpy(tensor), self._everywhere)
+            self._state[name] = jax.device_put(_to_numpy(tensor), self._shardings[name])
         self._network.to("meta")
 
     def _tensors(self) -> list[tuple[str, Any]]:
@@ -199,6 +227,21 @@ def _no_caches() -> Iterator[None]:
         yield
     finally:
         module.is_torchdynamo_compiling = asked
+
+
+def _too_much(size: int, device: Any) -> bool:
+    """Whether weights of so many bytes leave a device too little memory for anything else."""
+    known = device.memory_stats() or {}  # None on CPUs
+    return size > 0.5 * known.get("bytes_limit", math.inf)
+
+
+def _spec(shape: tuple[int, ...], devices: int) -> PartitionSpec:
+    """Which axis is cut: the longest of those that can be; none of what is small."""
+    axes = [axis for axis, length in enumerate(shape) if length % devices == 0]
+    if devices == 1 or math.prod(shape) < SMALL or not axes:
+        return PartitionSpec()
+    longest = max(axes, key=lambda axis: shape[axis])
+    return PartitionSpec(*(AXIS if axis == longest else None for axis in range(len(shape))))
 
 
 def _dtype(tensor: Any) -> np.dtype:

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from sotalign_jax.encoders.backends import (
+    WEIGHTS,
     Backend,
     JaxBackend,
     TorchBackend,
@@ -71,6 +72,7 @@ def load_encoder(
     backend: str = "auto",
     batch_size: int = 64,
     devices: int = 0,
+    weights: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Encoder:
@@ -103,6 +105,9 @@ def load_encoder(
             of the devices.
         devices: of this process, over which torchax spreads the items; 0 takes all. PyTorch takes
             one.
+        weights: with torchax: ``"replicated"``, all on every device; ``"sharded"``, each large one
+            cut over the devices, for models that one device cannot hold; or ``"auto"``, sharded
+            where they would take more than half of a device's memory.
         revision: of the model on the hub: a branch, a tag or, to have the same one for ever, a
             commit.
         trust_remote_code: whether code that comes with the model may run.
@@ -127,6 +132,8 @@ def load_encoder(
         raise ValueError(f"image_size: is of images, and {name} is to encode texts")
     if dtype not in DTYPES:
         raise ValueError(f"dtype: must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights: must be one of {', '.join(WEIGHTS)}; got {weights!r}")
     numbers = {
         "batch_size": (batch_size, 1),
         "max_length": (max_length, 1),
@@ -178,6 +185,8 @@ def load_encoder(
         return _load_callable(name, modality)
 
     chosen = choose_backend(backend)
+    if chosen == "torch" and weights == "sharded":
+        raise ValueError("weights: PyTorch has them on one device; 'sharded' is of torchax")
     if chosen == "torchax":
         local_devices(devices)
     if own:
@@ -208,6 +217,7 @@ def load_encoder(
         fall_back=backend == "auto",
         batch_size=batch_size,
         devices=devices,
+        weights=weights,
     )
 
 
@@ -229,12 +239,14 @@ class Tower:
         fall_back: bool,
         batch_size: int,
         devices: int,
+        weights: str,
     ):
         self.preprocess = loaded.preprocess
         self._loaded = loaded
         self._fixed = backend == "torchax"
         if backend == "torchax":
-            jitted = JaxBackend(loaded.network, devices=devices, exact=dtype == "float32")
+            exact = dtype == "float32"
+            jitted = JaxBackend(loaded.network, devices=devices, exact=exact, weights=weights)
             self._batch = -(-batch_size // jitted.rows) * jitted.rows
             self._run: Backend = jitted
             try:

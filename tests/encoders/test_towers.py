@@ -2,11 +2,13 @@
 
 import inspect
 import json
+import os
 import pathlib
 import pickle
 import shutil
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -18,10 +20,12 @@ pytest.importorskip("PIL")
 
 import safetensors.numpy  # noqa: E402
 import tiny_models  # noqa: E402
+from jax.sharding import PartitionSpec  # noqa: E402
 from PIL import Image  # noqa: E402
 from tiny_models import BACKENDS, TEXTS, each_backend, each_backend_if_slow  # noqa: E402
 
 import sotalign_jax  # noqa: E402
+from sotalign_jax.encoders import backends  # noqa: E402
 from sotalign_jax.encoders.towers import buckets, load_encoder  # noqa: E402
 
 with_torchax = pytest.mark.skipif(BACKENDS == ["torch"], reason="torchax is not installed")
@@ -244,6 +248,88 @@ def test_rows_are_spread_over_devices_and_batches_are_filled_up(saved, pictures)
     with run._settings():
         program = run._run.lower(run._state, inputs).as_text()
     assert "dense_resource" not in program and len(program) < 300_000
+
+
+@with_torchax
+def test_sharded_weights_give_the_same_rows(saved, monkeypatch):
+    monkeypatch.setattr(backends, "SMALL", 64)
+    texts = [*TEXTS, *TEXTS]
+    whole = load(saved("qwen3"), "text", backend="torchax", pooling="last", devices=4, batch_size=4)
+    assert whole._run.weights == "replicated"  # "auto", on devices that say nothing of memory
+    options = {"backend": "torchax", "pooling": "last", "devices": 4, "weights": "sharded"}
+    encoder = load(saved("qwen3"), "text", batch_size=4, **options)
+    rows = encode(encoder, texts)
+    np.testing.assert_allclose(rows, encode(whole, texts), rtol=1e-5, atol=1e-6)
+    assert encoder.description == whole.description
+    run = encoder._run
+    for name, x in run._state.items():
+        parts = {shard.data.size for shard in x.addressable_shards}
+        assert parts == {x.size // 4 if x.ndim == 2 and x.size >= 64 else x.size}, name
+    inputs = encoder._inputs([encoder.preprocess(text) for text in texts[:4]])
+    with run._settings():
+        program = run._run.lower(run._state, inputs).compile().as_text()
+    # Weights are put together, each as a whole; no sums are of parts, which would round otherwise.
+    assert program.count(" all-gather(") > 10
+    assert " reduce-scatter(" not in program
+    sums = [line for line in program.splitlines() if " all-reduce(" in line]
+    assert not [line for line in sums if "/gather" not in line]  # of one value and zeros
+
+
+PLANNED = """
+import numpy as np, torch, transformers
+from sotalign_jax.encoders.backends import JaxBackend
+from sotalign_jax.encoders.networks import RowNetwork
+config = transformers.LlamaConfig(
+    hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4,
+    num_key_value_heads=2, vocab_size=1000, attn_implementation="eager", use_cache=False)
+network = RowNetwork(transformers.LlamaModel(config), pooling="mean")
+weights = {name: x.numel() * 4 for name, x in network.named_parameters()}
+ids = np.ones((8, 16), np.int32)
+for kind in ("replicated", "sharded"):
+    backend = JaxBackend(network, weights=kind)
+    backend._state = {
+        name: jax.ShapeDtypeStruct(x.shape, np.float32, sharding=backend._shardings[name])
+        for name, x in backend._tensors()
+    }
+    inputs = {
+        name: jax.ShapeDtypeStruct(ids.shape, ids.dtype, sharding=backend._by_row)
+        for name in ("input_ids", "attention_mask")
+    }
+    with backend._settings():
+        memory = backend._run.lower(backend._state, inputs).compile().memory_analysis()
+    found[kind] = [memory.argument_size_in_bytes, memory.temp_size_in_bytes]
+found["all"], found["largest"] = sum(weights.values()), max(weights.values())
+"""
+
+
+@with_torchax
+@slow
+def test_sharded_weights_are_put_together_one_by_one():
+    # The scheduler of accelerators; that of CPUs, by default, starts all it can at once.
+    flags = "--xla_force_host_platform_device_count=8"
+    flags += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
+    code = f"import jax, json\nfound = {{}}\n{PLANNED}\nprint(json.dumps(found))"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["replicated"][0] >= found["all"]
+    assert found["sharded"][0] < 1.02 * found["all"] / 8
+    assert found["sharded"][1] < found["replicated"][1] + 2 * found["largest"] < found["all"] / 4
+
+
+def test_which_weights_are_cut_and_when():
+    cut = backends._spec
+    assert cut((4096, 1024), 8) == PartitionSpec("rows", None)
+    assert cut((1000, 4096, 3), 8) == PartitionSpec(None, "rows", None)
+    assert cut((4099, 1024), 8) == PartitionSpec(None, "rows")
+    assert cut((4099, 1023), 8) == cut((64, 64), 8) == cut((4096, 1024), 1) == PartitionSpec()
+
+    def device(limit):
+        known = None if limit is None else {"bytes_limit": limit}
+        return types.SimpleNamespace(memory_stats=lambda: known)
+
+    assert backends._too_much(51, device(100)) and not backends._too_much(50, device(100))
+    assert not backends._too_much(10**15, device(None))
 
 
 @with_torchax
@@ -522,6 +608,8 @@ REFUSED = {
     "backend: must be one of": ("bert", "text", {"backend": "jax"}),
     "batch_size: must be at least 1, got 0": ("bert", "text", {"batch_size": 0}),
     "devices: must be at least 0, got -1": ("bert", "text", {"devices": -1}),
+    "weights: must be one of auto, repl": ("bert", "text", {"pooling": "mean", "weights": "all"}),
+    "weights: PyTorch has them on one": ("bert", "text", {"pooling": "mean", "weights": "sharded"}),
 }
 
 
@@ -626,8 +714,6 @@ def test_items_of_another_encoder_are_refused(saved, pictures):
 
 @with_torchax
 def test_auto_takes_pytorch_where_torchax_cannot(saved, monkeypatch):
-    from sotalign_jax.encoders import backends
-
     def lacking(self, inputs):
         raise NotImplementedError("no such operation\nat all")
 
