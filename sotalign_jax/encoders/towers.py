@@ -344,7 +344,10 @@ class Tower:
             raise ValueError(
                 f"encode: texts must be of 1 to {self._loaded.buckets[-1]} tokens, got {longest}"
             )
-        length = min(bucket for bucket in self._loaded.buckets if bucket >= longest)
+        lengths = self._loaded.buckets
+        if len(lengths) > 1 and not self._fixed:
+            lengths = (longest,)  # PyTorch compiles nothing for it
+        length = min(bucket for bucket in lengths if bucket >= longest)
         ids = np.full((len(texts), length), self._loaded.pad, np.int32)
         mask = np.zeros((len(texts), length), np.int32)
         for row, text in enumerate(texts):
