@@ -129,7 +129,8 @@ def test_dreamlip_by_rows_and_by_links(tiny, tmp_path):
     ]  # fmt: skip
     links = tmp_path / "cc3m.jsonl"
     links.write_text('{"id": "000000007", "url": "http://a", "caption": ""}\n'
-                     '{"id": "000000004", "url": "http://b", "caption": ""}\n')  # fmt: skip
+                     '{"id": "000000004", "url": "http://b", "caption": ""}\n'
+                     '{"id": "000000009", "url": "http://b", "caption": "again"}\n')  # fmt: skip
     (tmp_path / "new" / "out.jsonl").unlink()
     found = tiny("dreamlip_cc3m", text, 2, 2, urls=str(links), variant="longSV_captions")
     assert [(row["id"], len(row["caption"])) for row in found] == [
@@ -139,9 +140,11 @@ def test_dreamlip_by_rows_and_by_links(tiny, tmp_path):
 
 def test_wikitext_without_headings_and_empty_lines(tiny):
     text = " \n = Robert Boulter = \n \n Robert is = an actor . \n\n = = Career = = \n In 2000\n"
-    assert tiny("wikitext103", text, 2, 2) == [
+    text += " = 2 x\n"
+    assert tiny("wikitext103", text, 3, 3) == [
         {"id": "000000003", "caption": "Robert is = an actor ."},
         {"id": "000000006", "caption": "In 2000"},
+        {"id": "000000007", "caption": "= 2 x"},
     ]
 
 

@@ -83,6 +83,32 @@ def test_join_says_what_it_drops(caplog):
     assert not caplog.text
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_join_warns_of_numbers_that_are_not_the_same_ids(turned, caplog):
+    """COCO's images by their numbers, and a table of captions that counts its rows."""
+    sides = [table(["3", "139", "285", "7007"], "a"), table([str(row) for row in range(300)], "b")]
+    with caplog.at_level(logging.WARNING):
+        rows = join(*(sides[::-1] if turned else sides))
+    assert len(rows[0]) == 3
+    assert (
+        "join: ids of b count its rows, those of a are other numbers; encode b with a column of "
+        "ids (--column=id:NAME), unless they are numbers of the same rows" in caplog.text
+    )
+
+
+def test_join_takes_numbers_that_may_well_be_the_same(caplog):
+    rows = [str(row) for row in range(300)]
+    shuffled = np.random.default_rng(0).permutation(rows).tolist()
+    zeros = ["003", "139", "285"]
+    for ids in (rows, rows[::2] + rows[1::2], shuffled[:200], [f"{row}.0" for row in rows] + ["1"]):
+        with caplog.at_level(logging.WARNING):
+            join(table(ids, "a"), table(rows, "b"))
+    with caplog.at_level(logging.WARNING):
+        join(table([*zeros, "7007"], "a"), table([*rows[:150], "003"], "b"))
+        join(table(["3", "139", "7007"], "a"), table(["7007", "3"], "b"))
+    assert "count" not in caplog.text and "dropped" in caplog.text
+
+
 def test_pair_keeps_every_caption():
     pairs = pair(table(["5", "6", "7"], "i"), table(["7", "5", "7"], "t"))
     assert pairs.image.ids is not None
