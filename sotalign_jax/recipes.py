@@ -117,8 +117,9 @@ _DEAD_LINKS = (
 )
 _DOWNLOAD = (
     "the files have no header, which img2dataset needs, and captions with double quotes, which can "
-    "shift its rows; download from what `data captions` writes: img2dataset --url_list={0}.jsonl --input_format=jsonl --url_col=url --caption_col=caption "
-    "--output_format=webdataset --output_folder={0} --number_sample_per_shard=10000"
+    "shift its rows; download from what `data captions` writes: img2dataset --url_list={0}.jsonl "
+    "--input_format=jsonl --url_col=url --caption_col=caption --output_format=webdataset "
+    "--output_folder={0} --number_sample_per_shard=10000"
 )
 _KEYS = (
     "img2dataset names rows by their place in the list (nine digits, shards of 10,000): download "

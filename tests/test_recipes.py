@@ -20,6 +20,7 @@ from sotalign_jax import main
 from sotalign_jax.captions import CAPTIONS
 from sotalign_jax.encoders.sources import Columns, open_source
 from sotalign_jax.protocols import PROTOCOLS, read_labels
+from sotalign_jax.protocols.base import KNOWN_IMAGES, KNOWN_TEXTS
 from sotalign_jax.protocols.classification import CLASSIFICATION
 from sotalign_jax.protocols.prompts import TEMPLATES
 from sotalign_jax.recipes import RECIPES, find_recipe
@@ -91,8 +92,34 @@ def test_counts_are_those_of_the_protocols_and_of_the_tables():
         ("sue_coco", ("sue400", "COCO train")),
     ):
         assert counts[key] == (CAPTIONS[name].records, CAPTIONS[name].captions), name
+    assert counts["wikitext103", "train"] == (None, CAPTIONS["wikitext103"].captions)
+    assert CAPTIONS["wikitext103"].records == 1_801_350
     for protocol in CLASSIFICATION:
         assert RECIPES[protocol.name].splits[-1].images == protocol.images
+
+
+def test_numbers_of_other_splits_that_refusals_name():
+    """Each is a number of rows that a recipe has, or a sum of such."""
+    splits = [split for recipe in RECIPES.values() for split in recipe.splits]
+    images, texts = (
+        {getattr(split, side) for split in splits} - {None} for side in ("images", "texts")
+    )
+    train2014, val2014 = 82_783, 5_000 + 5_000 + 30_504
+    derived = {
+        29_000 + 1_014 + 1_000, 31_383 + 400,  # Flickr30k as Karpathy has it, and all
+        5_000 - 48,  # val2017 with objects
+        train2014, val2014, train2014 + 30_504,
+        3 * 25_250, 4 * 25_250,  # Food-101: 750 and 250 of each class
+        50_000 + 10_000,  # CIFAR
+        3_333 + 1, 3_333 + 3_334,  # Aircraft: train, trainval
+        2 * 1_880, 3 * 1_880,  # DTD
+        1_020, 6_149 + 2 * 1_020,  # Flowers
+        12_559, 100_000,  # CC3M's and ImageNet's test splits
+    }  # fmt: skip
+    assert set(KNOWN_IMAGES) <= images | derived
+    assert set(KNOWN_TEXTS) <= texts | {25_000, 25_014, 1_000, 12_559}
+    for number, name in ((12_559, "CC3M's test"), (3_760, "DTD"), (3_334, "Aircraft's training")):
+        assert name in KNOWN_IMAGES[number]
 
 
 def test_a_recipe_is_found_by_its_protocols_too():

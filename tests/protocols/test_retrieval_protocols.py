@@ -317,6 +317,14 @@ def test_width_and_finiteness_are_checked_before_anything_is_embedded():
     protocol = tiny(SUE, images=4, texts=4)
     with pytest.raises(ValueError, match="image: images has 8 columns, but the aligner takes 5"):
         protocol.run(identity(5), image, text)
+    wide = FeatureTable.from_array(np.ones((4, 9), np.float32), ids=list("abcd"), name="wide")
+    with pytest.raises(ValueError, match="text: wide has 9 columns, but the aligner takes 8"):
+        protocol.run(identity(8), image, wide)
+    infinite = FeatureTable.from_array(
+        np.full((4, 8), np.inf, np.float32), ids=list("abcd"), name="images"
+    )
+    with pytest.raises(ValueError, match=r"images: 4 of 4 rows hold NaN or Inf"):
+        protocol.run(identity(8), infinite, text)
     rows = text.array()
     rows[2, 1] = np.nan
     bad = FeatureTable.from_array(rows, ids=list("abcd"), name="texts")
