@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sotalign_jax.features import FeatureTable, Pairs, Splits, join, pair, split_pairs
+from sotalign_jax.features.splits import counts_rows, numbers_with_gaps
 
 
 def table(ids, name, dim=2):
@@ -107,6 +108,11 @@ def test_join_takes_numbers_that_may_well_be_the_same(caplog):
         join(table([*zeros, "7007"], "a"), table([*rows[:150], "003"], "b"))
         join(table(["3", "139", "7007"], "a"), table(["7007", "3"], "b"))
     assert "count" not in caplog.text and "dropped" in caplog.text
+    # Zeros before them make names of them, which numbers of rows do not have.
+    assert numbers_with_gaps(table(["3", "139", "7007"], "a"))
+    assert not numbers_with_gaps(table(["0003", "0139", "7007"], "a"))
+    assert counts_rows(table(["0", "1", "1", "3"], "a"))
+    assert not counts_rows(table(["00", "01", "02"], "a"))
 
 
 def test_pair_keeps_every_caption():
