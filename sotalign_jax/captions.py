@@ -16,14 +16,15 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 from sotalign_jax.files import check_absent, replace_text_parts
 
 __all__ = ["CAPTIONS", "CaptionTable", "read_captions_of", "write_captions"]
 
 Record = dict[str, Any]
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,7 @@ class CaptionTable:
         records: how many come out: images, or rows of a list of links.
         captions: how many captions they have together.
         fewer: whether ``records`` and ``captions`` are upper bounds.
+        folder: whether a directory of Parquet files will do as well.
     """
 
     name: str
@@ -45,6 +47,7 @@ class CaptionTable:
     records: int
     captions: int
     fewer: bool = False
+    folder: bool = False
 
 
 def read_captions_of(
@@ -64,7 +67,7 @@ def read_captions_of(
         ValueError: not a file of that format, or another number of images or captions.
     """
     path = pathlib.Path(annotations)
-    if not path.is_file():
+    if not (path.is_file() or (table.folder and path.is_dir())):
         raise ValueError(
             f"annotations: {path}: no such file; {table.name} is read from {table.file}"
         )
@@ -136,8 +139,8 @@ def write_captions(
 # ---- COCO and Flickr30k
 
 
-def _coco(folder: str) -> Callable[..., Iterator[Record]]:
-    """COCO's own annotations: images in the order of their ids, the first five captions of each."""
+def _coco(folder: str, most: int = 5) -> Callable[..., Iterator[Record]]:
+    """COCO's own annotations: images by their ids, the first five (``most``) captions of each."""
 
     def read(path: pathlib.Path, options: Mapping[str, str | None]) -> Iterator[Record]:
         document = _json(path)
@@ -151,7 +154,7 @@ def _coco(folder: str) -> Callable[..., Iterator[Record]]:
             raise _not(path, "COCO captions: {images, annotations}", error) from None
         for number in sorted(files):
             if number in captions:
-                yield _record(files[number], folder, captions[number][:5])
+                yield _record(files[number], folder, captions[number][:most])
 
     return read
 
@@ -170,6 +173,48 @@ def _karpathy(splits: str, folder: str | None = None) -> Callable[..., Iterator[
             raise _not(path, "one of Karpathy's files: {images: [{split, ...}]}", error) from None
 
     return read
+
+
+# ---- SUE's rows: one caption an image, the first 400 images for the test
+
+_SUE_TEST = 400
+
+
+def _flickr_tokens(test: bool) -> Callable[..., Iterator[Record]]:
+    """``IMAGE.jpg#K``, a tab, a caption: the first caption of each image, in the file's order."""
+
+    def read(path: pathlib.Path, options: Mapping[str, str | None]) -> Iterator[Record]:
+        first: dict[str, str] = {}
+        for number, line in enumerate(_lines(path), 1):
+            name, tab, caption = line.rstrip("\r\n").partition("\t")
+            file, mark, place = name.rpartition("#")
+            if not (tab and mark and file and place.isdecimal()):
+                raise ValueError(
+                    f"annotations: {path}: line {number} is not IMAGE.jpg#K, a tab and a caption"
+                )
+            first.setdefault(file, caption)
+        for file, caption in _part(first.items(), test):
+            yield _record(file, "flickr30k-images", [caption])
+
+    return read
+
+
+def _coco_first(test: bool) -> Callable[..., Iterator[Record]]:
+    """Of train2017 as many images as the paper has, by id, with the first caption of each."""
+
+    def read(path: pathlib.Path, options: Mapping[str, str | None]) -> Iterator[Record]:
+        rows = itertools.islice(_coco("train2017", 1)(path, options), _SUE_TEST + _SUE_COCO)
+        yield from _part(rows, test)
+
+    return read
+
+
+# Of COCO: 10,000 unpaired items and 100 pairs, besides 400 for validation.
+_SUE_COCO = 10_500
+
+
+def _part(rows: Iterable[_T], test: bool) -> Iterator[_T]:
+    return itertools.islice(rows, *((_SUE_TEST,) if test else (_SUE_TEST, None)))
 
 
 # ---- lists of links
@@ -245,11 +290,32 @@ def _ids_of_links(path: str | None) -> dict[str, str]:
 
 def _wikitext(path: pathlib.Path, options: Mapping[str, str | None]) -> Iterator[Record]:
     """WikiText's paragraphs: lines that are neither empty nor a heading."""
+    for number, line in enumerate(_parquet_lines(path) if path.is_dir() else _lines(path)):
+        text = line.strip()
+        if text and not (text.startswith("= ") and text.endswith(" =")):
+            yield {"id": f"{number:09d}", "caption": text}
+
+
+def _lines(path: pathlib.Path) -> Iterator[str]:
     with open(path, encoding="utf-8", newline="\n") as lines:
-        for number, line in enumerate(lines):
-            text = line.strip()
-            if text and not (text.startswith("= ") and text.endswith(" =")):
-                yield {"id": f"{number:09d}", "caption": text}
+        yield from lines
+
+
+def _parquet_lines(folder: pathlib.Path) -> Iterator[str]:
+    """The lines that the hub's Parquet files of the training split hold, a row each."""
+    import pyarrow
+    import pyarrow.parquet
+
+    files = sorted(folder.glob("train-*.parquet"))
+    if not files:
+        raise ValueError(f"annotations: {folder}: has no train-*.parquet")
+    for file in files:
+        try:
+            with pyarrow.parquet.ParquetFile(file) as rows:
+                for batch in rows.iter_batches(columns=["text"]):
+                    yield from batch["text"].to_pylist()
+        except (pyarrow.ArrowException, OSError, KeyError) as error:
+            raise ValueError(f"annotations: {file}: no Parquet file with texts ({error})") from None
 
 
 def _winoground(path: pathlib.Path, options: Mapping[str, str | None]) -> Iterator[Record]:
@@ -323,6 +389,7 @@ def _not(path: pathlib.Path, what: str, error: Exception) -> ValueError:
 
 _KARPATHY = "dataset_{}.json of Karpathy's caption_datasets.zip"
 _COCO_FILE, _FLICKR_FILE = _KARPATHY.format("coco"), _KARPATHY.format("flickr30k")
+_TOKENS = "results_20130124.token"
 _SPLITS = {"train": (82_783, 414_113), "restval": (30_504, 152_634), "val": (5_000, 25_010)}
 _FLICKR_SPLITS = {"train": 29_000, "val": 1_014, "test": 1_000}
 
@@ -364,8 +431,18 @@ CAPTIONS = {
                 fewer=True,
             ),
             CaptionTable(
-                "wikitext103", "wiki.train.raw", _wikitext, 1_801_350, 1_801_350, fewer=True
+                "wikitext103",
+                "wiki.train.raw",
+                _wikitext,
+                1_801_350,
+                1_801_350,
+                fewer=True,
+                folder=True,
             ),
+            CaptionTable("sue400_flickr30k", _TOKENS, _flickr_tokens(test=True), 400, 400),
+            CaptionTable("sue_flickr30k", _TOKENS, _flickr_tokens(test=False), 31_383, 31_383),
+            CaptionTable("sue400_coco", "captions_train2017.json", _coco_first(True), 400, 400),
+            CaptionTable("sue_coco", "captions_train2017.json", _coco_first(False), 10_500, 10_500),
             CaptionTable("winoground", "examples.jsonl", _winoground, 800, 800),
             CaptionTable("mmvp", "Questions.csv", _mmvp, 270, 270),
         ),

@@ -100,12 +100,12 @@ def describe(name: str, *, as_json: bool = False, console: Console | None = None
     facts = {
         "source": recipe.source,
         "licence": recipe.licence,
+        "unverified": recipe.unverified,
         "used for": recipe.used_for,
         "tensorflow-datasets": recipe.tfds,
         "files": "\n".join(recipe.files),
-        "protocols": "\n".join(
-            f"{one}: {protocols.find(one).expected}" for one in recipe.protocols
-        ),
+        "protocols": "\n".join(f"{one}: {protocols.find(one).expected}" for one in recipe.protocols)
+        or "none: data to train on",
         "traps": "\n".join(f"- {trap}" for trap in recipe.traps),
     }
     for label, text in facts.items():

@@ -46,6 +46,7 @@ class Recipe:
         protocols: names of the protocols that are run on it.
         used_for: what the paper takes it for.
         tfds: its name and version in tensorflow-datasets, or ``""``.
+        unverified: which of these facts were written from memory, without the source at hand.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Recipe:
     protocols: tuple[str, ...] = ()
     used_for: str = ""
     tfds: str = ""
+    unverified: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The facts as JSON takes them."""
@@ -68,6 +70,23 @@ class Recipe:
 
 _IMAGE, _TEXT = "--encoder=dinov3-vitl16", "--encoder=nv-embed-v2"
 _IMAGE_OUT, _TEXT_OUT = "features/{}/dinov3_vitl16", "features/{}/nv_embed_v2"
+
+
+# The encoders of SUE's code, where `configs/sweeps/table6_single_dataset.py` looks for them.
+_SUE_OUT = ("features/{}/dinov2_vitb14", "features/{}/all_minilm_l6_v2")
+
+
+def _encode_for_sue(data: str, table: str, columns: str = "") -> tuple[str, str]:
+    image, text = (out.format(data) for out in _SUE_OUT)
+    return (
+        f"sotalign encode --images={table} --encoder=dinov2-vitb14 --out={image}",
+        f"sotalign encode --texts={table} --encoder=all-minilm-l6-v2 --out={text}{columns}",
+    )
+
+
+def _evaluate_for_sue(data: str) -> str:
+    image, text = (out.format(data) for out in _SUE_OUT)
+    return f"sotalign evaluate --workdir=RUN --protocol=sue400 --image={image} --text={text}"
 
 
 def _encode(data: str, images: str | None, texts: str | None, more: str = "") -> tuple[str, ...]:
@@ -95,6 +114,12 @@ def _captions(name: str, annotations: str, out: str, more: str = "") -> str:
 _DEAD_LINKS = (
     "many links are dead: download with retries, and expect to lose a fifth or more; pairs are "
     "joined by id, so that missing rows do no harm"
+)
+_DOWNLOAD = (
+    "the files have no header, which img2dataset needs, and captions with double quotes, which can "
+    "shift its rows; download from what `data captions` writes: img2dataset --url_list={0}.jsonl "
+    "--input_format=jsonl --url_col=url --caption_col=caption --output_format=webdataset "
+    "--output_folder={0} --number_sample_per_shard=10000"
 )
 _KEYS = (
     "img2dataset names rows by their place in the list (nine digits, shards of 10,000): download "
@@ -133,6 +158,7 @@ def _classification(
         traps=traps,
         protocols=(name,),
         used_for="zero-shot classification",
+        unverified="licence",
         **more,
     )
 
@@ -154,6 +180,21 @@ _FLOWERS = (
     "file=open('jpg/test.csv', 'w')); "
     "print('id,label', *(f'image_{n:05d},{labels[n - 1] - 1}' for n in rows), sep='\\n', "
     "file=open('flowers102_labels.csv', 'w'))\""
+)
+
+_IMAGENET = (
+    "python -c \"import scipy.io; kit = 'ILSVRC2012_devkit_t12/data/'; "
+    "sets = scipy.io.loadmat(kit + 'meta.mat', squeeze_me=True)['synsets']; "
+    "names = {int(s['ILSVRC2012_ID']): str(s['WNID']) for s in sets}; "
+    "truth = open(kit + 'ILSVRC2012_validation_ground_truth.txt').read().split(); "
+    "print('id,label', *(f'ILSVRC2012_val_{n:08d},{names[int(k)]}' "
+    "for n, k in enumerate(truth, 1)), sep='\\n', file=open('imagenet_labels.csv', 'w'))\""
+)
+_POLYVORE = (
+    'python -c "import pyarrow.parquet as pq; '
+    "rows = pq.read_table('polyvore/data', columns=['image', 'text']).slice(0, 20000); "
+    "pq.write_table(rows.slice(0, 400), 'polyvore_test.parquet'); "
+    "pq.write_table(rows.slice(400), 'polyvore.parquet')\""
 )
 
 _RECIPES = (
@@ -178,7 +219,7 @@ _RECIPES = (
         traps=(
             _DEAD_LINKS,
             _KEYS,
-            "the files have no header; img2dataset needs one (caption, url)",
+            _DOWNLOAD.format("cc3m_val"),
         ),
         protocols=("cc3m_val",),
         used_for="10,000 pairs, 1M + 1M unpaired rows; validation chooses hyper-parameters",
@@ -224,7 +265,13 @@ _RECIPES = (
             _captions("cc12m", "cc12m.tsv", "cc12m.jsonl"),
             *_encode("cc12m", "'cc12m/{00000..01242}.tar'", "cc12m.jsonl", " --workers=16"),
         ),
-        traps=(_DEAD_LINKS, _KEYS, "link and caption stand the other way round than in CC3M"),
+        traps=(
+            _DEAD_LINKS,
+            _KEYS,
+            _DOWNLOAD.format("cc12m"),
+            "link and caption stand the other way round than in CC3M",
+        ),
+        unverified="licence",
         used_for="tables 2 and 7",
     ),
     Recipe(
@@ -286,6 +333,7 @@ _RECIPES = (
             "captions hold commas: a CSV file split at commas cuts them (SUE's did)",
             "the hub's copies put all 31,783 images into one split called test",
         ),
+        unverified="licence",
         protocols=("flickr30k",),
         used_for="zero-shot retrieval; table 6",
     ),
@@ -294,23 +342,31 @@ _RECIPES = (
         title="ImageNet-1k (ILSVRC 2012)",
         source="Russakovsky et al., IJCV 2015; image-net.org, after registration",
         licence="for non-commercial research and education",
+        unverified="licence",
         splits=(
             Split("train", 1_281_167, None),
             Split("validation", 50_000, None, "50 of each of 1,000 classes"),
         ),
-        files=("ILSVRC2012_img_val.tar", "ILSVRC2012_img_train.tar for unpaired images"),
+        files=(
+            "ILSVRC2012_img_val.tar, unpacked into val/",
+            "ILSVRC2012_devkit_t12.tar.gz, for labels of these",
+            "ILSVRC2012_img_train.tar for unpaired images",
+        ),
+        prepare=(_IMAGENET,),
         commands=(
             "sotalign data prompts imagenet --out=imagenet_prompts.jsonl",
             *_encode("imagenet_prompts", None, "imagenet_prompts.jsonl"),
             *_encode("imagenet_val", "val", None),
             *_encode("imagenet", "train", None, " --workers=16"),
-            _evaluate("imagenet", "imagenet_val", "imagenet_prompts"),
+            _evaluate(
+                "imagenet", "imagenet_val", "imagenet_prompts", " --labels=imagenet_labels.csv"
+            ),
         ),
         traps=(
-            "the validation archive is flat: sort it into folders n01440764/... or give "
-            "--labels=FILE",
+            "the validation archive is flat: labels come from the development kit, or, without "
+            "--labels, from folders n01440764/... that it was sorted into",
             "numbers in the development kit's ground truth count the classes in another order than "
-            "everybody's, that of the WordNet ids: translate them by its meta.mat",
+            "everybody's, that of the WordNet ids: its meta.mat translates them",
             "80 prompts of 1,000 classes are 80,000 texts: encode them once for an encoder",
             "two pairs of classes share a name (sunglasses, missile): labels by name do not do",
         ),
@@ -397,12 +453,64 @@ _RECIPES = (
         tfds="oxford_flowers102:2.1.1",
     ),
     Recipe(
+        name="sue400",
+        title="SUE: 400 test rows of Flickr30k, COCO or Polyvore",
+        source="Yacobi et al., arXiv 2505.21524, github.com/shaham-lab/SUE; Flickr30k and COCO as "
+        "in their recipes; Marqo/polyvore on the Hugging Face hub",
+        licence="those of the three data sets",
+        splits=(
+            Split("Flickr30k test", 400, 400, "the first rows; one caption an image"),
+            Split("Flickr30k train", 31_383, 31_383, "the rest: 500 pairs, unpaired"),
+            Split("COCO test", 400, 400, "the first rows; one caption an image"),
+            Split(
+                "COCO train", 10_500, 10_500, "100 pairs, 10,000 + 10,000 unpaired, 400 held out"
+            ),
+            Split("Polyvore test", 400, 400, "the first rows of 20,000"),
+            Split("Polyvore train", 19_600, 19_600, "the rest: 500 pairs, unpaired"),
+        ),
+        files=(
+            "flickr30k-images/, results_20130124.token",
+            "train2017.zip, annotations_trainval2017.zip",
+            "polyvore/data/*.parquet",
+        ),
+        prepare=(_POLYVORE,),
+        commands=(
+            _captions("sue400_flickr30k", "results_20130124.token", "sue_flickr30k_test.jsonl"),
+            _captions("sue_flickr30k", "results_20130124.token", "sue_flickr30k.jsonl"),
+            _captions("sue400_coco", "annotations/captions_train2017.json", "sue_coco_test.jsonl"),
+            _captions("sue_coco", "annotations/captions_train2017.json", "sue_coco.jsonl"),
+            *_encode_for_sue("flickr30k_test", "sue_flickr30k_test.jsonl"),
+            *_encode_for_sue("flickr30k", "sue_flickr30k.jsonl"),
+            *_encode_for_sue("coco_test", "sue_coco_test.jsonl"),
+            *_encode_for_sue("coco", "sue_coco.jsonl"),
+            *_encode_for_sue("polyvore_test", "polyvore_test.parquet", " --column=caption:text"),
+            *_encode_for_sue("polyvore", "polyvore.parquet", " --column=caption:text"),
+            _evaluate_for_sue("flickr30k_test"),
+            _evaluate_for_sue("coco_test"),
+            _evaluate_for_sue("polyvore_test"),
+        ),
+        traps=(
+            "SUE's code takes the first 400 rows of its list for the test and its last rows as "
+            "pairs; a run here draws the pairs from all other rows",
+            "SUE's code cuts Flickr30k's captions at the first comma; here they are whole",
+            "Polyvore's images go through Marqo-FashionSigLIP there, which was trained on pairs of "
+            "fashion images and texts, and is no encoder here: table6_single_dataset.py looks for "
+            "its features in features/polyvore/marqo_fashionsiglip",
+        ),
+        protocols=("sue400",),
+        used_for="table 6",
+        unverified="which images of COCO (SUE's list is not public; here the first of train2017 by "
+        "id), that SUE's list of Flickr30k has the order of the token file, Polyvore's columns, "
+        "which encoders the paper's table 6 is of",
+    ),
+    Recipe(
         name="wikitext103",
         title="WikiText-103",
         source="Merity et al., ICLR 2017; wikitext-103-raw-v1 on the Hugging Face hub",
         licence="CC BY-SA, of Wikipedia's articles",
         splits=(Split("train", None, 1_801_350, "lines, of which many are empty or headings"),),
-        files=("wiki.train.raw",),
+        files=("wiki.train.raw, or wikitext-103-raw-v1/train-*.parquet: give that folder",),
+        unverified="licence",
         commands=(
             _captions("wikitext103", "wiki.train.raw", "wikitext103.jsonl"),
             *_encode("wikitext103", None, "wikitext103.jsonl"),
@@ -418,6 +526,7 @@ _RECIPES = (
         title="Winoground",
         source="Thrush et al., CVPR 2022; facebook/winoground on the Hugging Face hub, on request",
         licence="its own: for research, no training; images by Getty Images",
+        unverified="licence",
         splits=(Split("test", 800, 800, "400 items of two images and two captions"),),
         files=("examples.jsonl", "images.zip"),
         commands=(

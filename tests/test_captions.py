@@ -5,6 +5,8 @@ import dataclasses
 import gzip
 import json
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from sotalign_jax import captions
@@ -129,7 +131,8 @@ def test_dreamlip_by_rows_and_by_links(tiny, tmp_path):
     ]  # fmt: skip
     links = tmp_path / "cc3m.jsonl"
     links.write_text('{"id": "000000007", "url": "http://a", "caption": ""}\n'
-                     '{"id": "000000004", "url": "http://b", "caption": ""}\n')  # fmt: skip
+                     '{"id": "000000004", "url": "http://b", "caption": ""}\n'
+                     '{"id": "000000009", "url": "http://b", "caption": "again"}\n')  # fmt: skip
     (tmp_path / "new" / "out.jsonl").unlink()
     found = tiny("dreamlip_cc3m", text, 2, 2, urls=str(links), variant="longSV_captions")
     assert [(row["id"], len(row["caption"])) for row in found] == [
@@ -139,10 +142,79 @@ def test_dreamlip_by_rows_and_by_links(tiny, tmp_path):
 
 def test_wikitext_without_headings_and_empty_lines(tiny):
     text = " \n = Robert Boulter = \n \n Robert is = an actor . \n\n = = Career = = \n In 2000\n"
-    assert tiny("wikitext103", text, 2, 2) == [
+    text += " = 2 x\n"
+    assert tiny("wikitext103", text, 3, 3) == [
         {"id": "000000003", "caption": "Robert is = an actor ."},
         {"id": "000000006", "caption": "In 2000"},
+        {"id": "000000007", "caption": "= 2 x"},
     ]
+
+
+def test_wikitext_of_the_hub_is_the_same(tiny, tmp_path):
+    lines = ["", " = Robert Boulter = \n", "", " Robert is = an actor . \n", "", " In 2000\n"]
+    assert tiny("wikitext103", "\n" + "".join(lines[1:2]) + "\n" + "".join(lines[3:4]) + "\n"
+                + "".join(lines[5:]), 2, 2)  # fmt: skip
+    expected = (tmp_path / "new" / "out.jsonl").read_text()
+    hub = tmp_path / "wikitext-103-raw-v1"
+    hub.mkdir()
+    for part, rows in enumerate((lines[:4], lines[4:])):
+        table = pyarrow.table({"text": rows})
+        pyarrow.parquet.write_table(table, hub / f"train-{part:05d}-of-00002.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["of a test"]}), hub / "test-00000.parquet")
+    assert write_captions("wikitext103", hub, tmp_path / "hub.jsonl") == (2, 2)
+    assert (tmp_path / "hub.jsonl").read_text() == expected
+    (hub / "train-00001-of-00002.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"train-00001-of-00002\.parquet: no Parquet file with"):
+        write_captions("wikitext103", hub, tmp_path / "a.jsonl")
+    with pytest.raises(ValueError, match=r"annotations: .*new: has no train-\*\.parquet"):
+        write_captions("wikitext103", tmp_path / "new", tmp_path / "a.jsonl")
+    with pytest.raises(ValueError, match=r"annotations: .*new: no such file; mmvp is read from"):
+        write_captions("mmvp", tmp_path / "new", tmp_path / "a.jsonl")
+
+
+def test_sue_takes_the_first_caption_of_the_first_400_images(tmp_path, monkeypatch):
+    """In the order of the token file; the rest is to train on."""
+    file = tmp_path / "results_20130124.token"
+    names = [f"{number}.jpg" for number in (1000092795, 10002456, *range(7_000, 7_400))]
+    lines = [f"{name}#{k}\tA man , {k} of {name} .\n" for name in names for k in range(5)]
+    file.write_text("".join(lines), encoding="utf-8")
+    table = CAPTIONS["sue_flickr30k"]
+    monkeypatch.setitem(
+        CAPTIONS, "sue_flickr30k", dataclasses.replace(table, records=2, captions=2)
+    )
+    read = {}
+    for name, rows in (("sue400_flickr30k", 400), ("sue_flickr30k", 2)):
+        out = tmp_path / f"{name}.jsonl"
+        assert write_captions(name, file, out) == (rows, rows)
+        read[name] = [json.loads(line) for line in out.read_text().splitlines()]
+    assert read["sue400_flickr30k"][1] == {
+        "id": "10002456",
+        "image": "flickr30k-images/10002456.jpg",
+        "caption": "A man , 0 of 10002456.jpg .",
+    }
+    together = [row["id"] for rows in read.values() for row in rows]
+    assert together == [name.removesuffix(".jpg") for name in names]
+    file.write_text("".join(lines) + "1.jpg\tno number\n")
+    with pytest.raises(ValueError, match=r"line 2011 is not IMAGE\.jpg#K, a tab and a caption"):
+        write_captions("sue400_flickr30k", file, tmp_path / "a.jsonl")
+
+
+def test_sue_takes_coco_by_id(tmp_path):
+    images = [{"id": number, "file_name": f"{number:012d}.jpg"} for number in range(10_910, 0, -1)]
+    captions = [
+        {"image_id": number, "caption": f"{k} of {number}"}
+        for k in range(5)
+        for number in range(1, 10_911)
+    ]
+    file = tmp_path / "captions_train2017.json"
+    file.write_text(json.dumps({"images": images, "annotations": captions}))
+    for name, first, rows in (("sue400_coco", 1, 400), ("sue_coco", 401, 10_500)):
+        out = tmp_path / f"{name}.jsonl"
+        assert write_captions(name, file, out) == (rows, rows)
+        read = [json.loads(line) for line in out.read_text().splitlines()]
+        assert [int(row["id"]) for row in read] == list(range(first, first + rows))
+        assert read[0]["caption"] == f"0 of {first}"
+        assert read[0]["image"] == f"train2017/{first:012d}.jpg"
 
 
 def winoground(**change):

@@ -178,6 +178,8 @@ def test_list_and_describe_show_every_recipe(here):
         for number in (split.images for split in recipe.splits if split.images is not None):
             assert f"{number:,}" in shown
         assert recipe.licence.split(",")[0] in shown
+        assert all(protocol in shown for protocol in recipe.protocols or ["none: data to train"])
+        assert ("unverified" in shown) == bool(recipe.unverified)
 
 
 def test_json_is_what_the_objects_hold(here):

@@ -10,20 +10,26 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import scipy.io
 from absl import flags
 
 from sotalign_jax import main
 from sotalign_jax.captions import CAPTIONS
-from sotalign_jax.encoders.sources import open_source
+from sotalign_jax.encoders.sources import Columns, open_source
 from sotalign_jax.protocols import PROTOCOLS, read_labels
+from sotalign_jax.protocols.base import KNOWN_IMAGES, KNOWN_TEXTS
 from sotalign_jax.protocols.classification import CLASSIFICATION
 from sotalign_jax.protocols.prompts import TEMPLATES
 from sotalign_jax.recipes import RECIPES, find_recipe
 
 # Of `sotalign encode`, which has an argument parser of its own.
 ENCODE = {"images", "texts", "encoder", "out", "workers", "dtype", "rows_per_shard", "shards"}
+ENCODE |= {"column"}
+# The paper's encoders, and those of SUE's code: (image, text).
+ENCODERS = {"sue400": ("dinov2-vitb14", "all-minilm-l6-v2")}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -36,7 +42,8 @@ def test_commands_are_those_of_this_program(name):
         assert program == "sotalign"
         if plain[0] == "encode":
             assert set(given) <= ENCODE and len(plain) == 1
-            assert given["encoder"] == ("dinov3-vitl16" if "images" in given else "nv-embed-v2")
+            image, text = ENCODERS.get(name, ("dinov3-vitl16", "nv-embed-v2"))
+            assert given["encoder"] == (image if "images" in given else text)
             assert given["out"].startswith("features/")
         elif plain[0] == "evaluate":
             assert given["protocol"] in RECIPES[name].protocols
@@ -54,7 +61,9 @@ def test_commands_are_those_of_this_program(name):
 
 def test_every_protocol_has_data_and_every_table_a_recipe():
     named = [protocol for recipe in RECIPES.values() for protocol in recipe.protocols]
-    assert sorted(named) == sorted(set(PROTOCOLS) - {"sue400"})
+    assert sorted(named) == sorted(PROTOCOLS)
+    for protocol in PROTOCOLS:
+        assert any(f"--protocol={protocol} " in one for one in find_recipe(protocol).commands)
     used = " ".join(command for recipe in RECIPES.values() for command in recipe.commands)
     missing = [name for name in CAPTIONS if f"data captions {name} " not in used]
     assert all(re.fullmatch(r"(coco_karpathy|flickr30k)_(train|val|restval)", m) for m in missing)
@@ -77,10 +86,40 @@ def test_counts_are_those_of_the_protocols_and_of_the_tables():
         ("flickr30k_test", ("flickr30k", "test")),
         ("winoground", ("winoground", "test")),
         ("mmvp", ("mmvp", "all")),
+        ("sue400_flickr30k", ("sue400", "Flickr30k test")),
+        ("sue_flickr30k", ("sue400", "Flickr30k train")),
+        ("sue400_coco", ("sue400", "COCO test")),
+        ("sue_coco", ("sue400", "COCO train")),
     ):
         assert counts[key] == (CAPTIONS[name].records, CAPTIONS[name].captions), name
+    assert counts["wikitext103", "train"] == (None, CAPTIONS["wikitext103"].captions)
+    assert CAPTIONS["wikitext103"].records == 1_801_350
     for protocol in CLASSIFICATION:
         assert RECIPES[protocol.name].splits[-1].images == protocol.images
+
+
+def test_numbers_of_other_splits_that_refusals_name():
+    """Each is a number of rows that a recipe has, or a sum of such."""
+    splits = [split for recipe in RECIPES.values() for split in recipe.splits]
+    images, texts = (
+        {getattr(split, side) for split in splits} - {None} for side in ("images", "texts")
+    )
+    train2014, val2014 = 82_783, 5_000 + 5_000 + 30_504
+    derived = {
+        29_000 + 1_014 + 1_000, 31_383 + 400,  # Flickr30k as Karpathy has it, and all
+        5_000 - 48,  # val2017 with objects
+        train2014, val2014, train2014 + 30_504,
+        3 * 25_250, 4 * 25_250,  # Food-101: 750 and 250 of each class
+        50_000 + 10_000,  # CIFAR
+        3_333 + 1, 3_333 + 3_334,  # Aircraft: train, trainval
+        2 * 1_880, 3 * 1_880,  # DTD
+        1_020, 6_149 + 2 * 1_020,  # Flowers
+        12_559, 100_000,  # CC3M's and ImageNet's test splits
+    }  # fmt: skip
+    assert set(KNOWN_IMAGES) <= images | derived
+    assert set(KNOWN_TEXTS) <= texts | {25_000, 25_014, 1_000, 12_559}
+    for number, name in ((12_559, "CC3M's test"), (3_760, "DTD"), (3_334, "Aircraft's training")):
+        assert name in KNOWN_IMAGES[number]
 
 
 def test_a_recipe_is_found_by_its_protocols_too():
@@ -142,6 +181,45 @@ def test_flowers_by_their_test_rows_with_labels_from_0(tmp_path):
     prepare("flowers102", tmp_path, {})
     assert list(ids_of("flowers102", tmp_path)) == ["image_00003", "image_00001"]
     assert labels_of("flowers102", tmp_path) == {"image_00003": "101", "image_00001": "76"}
+
+
+def test_labels_of_imagenet_by_its_development_kit(tmp_path):
+    """Whose numbers count the synsets in an order of its own."""
+    kit = tmp_path / "ILSVRC2012_devkit_t12" / "data"
+    kit.mkdir(parents=True)
+    synsets = np.array(
+        [(490, "n01751748", "sea snake"), (361, "n09193705", "alp"), (1, "n02119789", "kit fox")],
+        dtype=[("ILSVRC2012_ID", object), ("WNID", object), ("words", object)],
+    )
+    scipy.io.savemat(kit / "meta.mat", {"synsets": synsets[:, None]})
+    prepare("imagenet", tmp_path, {
+        f"{kit}/ILSVRC2012_validation_ground_truth.txt": "490\n361\n1\n490\n",
+    })  # fmt: skip
+    assert labels_of("imagenet", tmp_path) == {
+        "ILSVRC2012_val_00000001": "n01751748",
+        "ILSVRC2012_val_00000002": "n09193705",
+        "ILSVRC2012_val_00000003": "n02119789",
+        "ILSVRC2012_val_00000004": "n01751748",
+    }
+
+
+def test_polyvore_is_cut_after_400_rows(tmp_path):
+    folder = tmp_path / "polyvore" / "data"
+    folder.mkdir(parents=True)
+    for part, rows in enumerate((range(15_000), range(15_000, 20_100))):
+        texts = [f"item {row}" for row in rows]
+        images = [{"bytes": b"%d" % row, "path": None} for row in rows]
+        table = pyarrow.table({"image": images, "category": texts, "text": texts})
+        pyarrow.parquet.write_table(table, folder / f"data-{part:05d}-of-00002.parquet")
+    prepare("sue400", tmp_path, {})
+    for name, first, rows in (("polyvore_test", 0, 400), ("polyvore", 400, 19_600)):
+        image, text = (
+            list(open_source(str(tmp_path / f"{name}.parquet"), side, columns=columns).read(0))
+            for side, columns in (("image", Columns()), ("text", Columns(caption="text")))
+        )
+        assert [one.id for one in image] == [one.id for one in text]
+        assert len(image) == rows
+        assert (image[0].item, text[0].item) == (b"%d" % first, f"item {first}")
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])

@@ -9,7 +9,16 @@ from jaxtyping import Int, Int64
 
 from sotalign_jax.features.store import FeatureTable
 
-__all__ = ["Pairs", "Splits", "join", "pair", "split_pairs"]
+__all__ = [
+    "Pairs",
+    "Splits",
+    "counts_rows",
+    "join",
+    "numbered_otherwise",
+    "numbers_with_gaps",
+    "pair",
+    "split_pairs",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -103,8 +112,9 @@ def join(
     """Finds which rows of two tables belong together.
 
     By id, in the order of the text table; several texts may have the id of one image. Rows whose
-    id the other side lacks are dropped, and a log warning says how many. Tables without ids
-    are joined by row order.
+    id the other side lacks are dropped, and a log warning says how many. Another warns of numbers
+    that are those of rows on one side and something else on the other. Tables without ids are
+    joined by row order.
 
     Args:
         image: the images; each id at most once.
@@ -153,6 +163,8 @@ def join(
             f"ids: {image.name} and {text.name} share none; the first are "
             f"{str(image_ids[0])!r} and {str(text_ids[0])!r}"
         )
+    if numbering := numbered_otherwise(image, text):
+        logger.warning("join: %s", numbering)
     image_rows = order[place[text_rows]]
     lost_images = len(image) - len(np.unique(image_rows))
     lost_texts = len(text) - len(text_rows)
@@ -162,6 +174,51 @@ def join(
             *(lost_images, len(image), image.name, lost_texts, len(text), text.name),
         )
     return image_rows.astype(np.int64), text_rows.astype(np.int64)
+
+
+def counts_rows(table: FeatureTable) -> bool:
+    """Whether ids look like numbers of rows, which `sotalign encode` gives where there are no ids.
+
+    That is 0, 1, 2, ... in this order, of which some may be missing (rows that could not be
+    encoded) and some repeated (several texts of one row), but no more than half are missing.
+    """
+    numbers = _numbers(table.ids)
+    return numbers is not None and _dense(numbers) and not (np.diff(numbers) < 0).any()
+
+
+def numbers_with_gaps(table: FeatureTable) -> bool:
+    """Whether ids are whole numbers most of which are missing, as those of COCO's images."""
+    numbers = _numbers(table.ids)
+    return numbers is not None and not _dense(numbers)
+
+
+def numbered_otherwise(image: FeatureTable, text: FeatureTable) -> str:
+    """Why numbers that two tables share are hardly the same ids, or ``""``.
+
+    One table counts its rows, and the ids of the other are numbers with gaps.
+    """
+    for rows, other in ((image, text), (text, image)):
+        if numbers_with_gaps(other) and counts_rows(rows):
+            return (
+                f"ids of {rows.name} count its rows, those of {other.name} are other numbers; "
+                f"encode {rows.name} with a column of ids (--column=id:NAME), unless they are "
+                "numbers of the same rows"
+            )
+    return ""
+
+
+def _numbers(ids: np.ndarray | None) -> np.ndarray | None:
+    """Ids as integers, or None unless all are whole numbers without zeros before them."""
+    if ids is None or not len(ids) or not (str(ids[0]).isdecimal() and str(ids[-1]).isdecimal()):
+        return None
+    if np.char.str_len(ids).max() > 18 or not np.char.isdecimal(ids).all():
+        return None
+    numbers = ids.astype(np.int64)
+    return numbers if (numbers.astype(ids.dtype) == ids).all() else None
+
+
+def _dense(numbers: np.ndarray) -> bool:
+    return bool(2 * len(np.unique(numbers)) > numbers.max())
 
 
 def pair(image: FeatureTable, text: FeatureTable, *, on: str = "auto") -> Pairs:

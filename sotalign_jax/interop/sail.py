@@ -85,18 +85,7 @@ def read_sail_heads(path: str | os.PathLike) -> Aligner:
 def _aligner(path: str, kind: str, found: Mapping[str, np.ndarray]) -> Aligner:
     widths = {side: len(found[f"{side}.layer_norm.scale"]) for side in _SIDES.values()}
     last = "linear" if kind == "linear" else "output"
-    factor = None
-    if kind != "linear":
-        first = "hidden" if kind == "mlp" else "gate"
-        hidden = {s: found[f"{s}.{first}.kernel"].shape[-1] for s in widths}
-        factors = {hidden[side] / widths[side] for side in widths}
-        if len(factors) > 1:
-            raise ValueError(
-                f"{path}: hidden widths {hidden} of inputs {widths} are no common multiple; both "
-                "sides of an aligner have one width_factor"
-            )
-        (factor,) = factors
-    layer = LayerConfig(kind=kind, width_factor=factor)  # pyright: ignore[reportArgumentType]
+    layer = LayerConfig(kind=kind, **_width(path, kind, widths, found))  # pyright: ignore[reportArgumentType]
     dim = found[f"image.{last}.kernel"].shape[-1]
     aligner = Aligner(
         widths["image"], widths["text"], dim, layer=layer, normalize=False, rngs=nnx.Rngs(0)
@@ -114,6 +103,29 @@ def _aligner(path: str, kind: str, found: Mapping[str, np.ndarray]) -> Aligner:
             raise ValueError(f"{path}: {name} is not finite")
         read.append((place, variable.replace(jnp.asarray(value))))
     return nnx.merge(graph, nnx.from_flat_state(read), rest)
+
+
+def _width(
+    path: str, kind: str, widths: Mapping[str, int], found: Mapping[str, np.ndarray]
+) -> dict[str, float | int]:
+    """The field of a layer that gives both sides their hidden width.
+
+    That is a multiple of the input's in SAIL's star layer, and the same number on both sides in
+    MLPs whose hidden width was given.
+    """
+    if kind == "linear":
+        return {}
+    first = "hidden" if kind == "mlp" else "gate"
+    hidden = {side: found[f"{side}.{first}.kernel"].shape[-1] for side in widths}
+    factors = {hidden[side] / widths[side] for side in widths}
+    if len(factors) == 1:
+        return {"width_factor": factors.pop()}
+    if len(set(hidden.values())) == 1:
+        return {"hidden": hidden.popitem()[1]}
+    raise ValueError(
+        f"{path}: hidden widths {hidden} of inputs {widths} are neither the same number nor the "
+        "same multiple; an aligner has one width or width_factor for both sides"
+    )
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:

@@ -494,7 +494,7 @@ class Aligner(nnx.Module):
             "image_dim": self.image_dim,
             "text_dim": self.text_dim,
             "dim": self.dim,
-            "layer": dataclasses.asdict(self.layer),
+            "layer": _layer_fields(self.layer),
             "normalize": self.normalize,
             **columns,
             "training_prior": prior,
@@ -553,6 +553,14 @@ def _name(path) -> str:
 
 def _named(state) -> dict[str, nnx.Variable]:
     return {_name(path): variable for path, variable in nnx.to_flat_state(state)}
+
+
+def _layer_fields(layer: LayerConfig) -> dict[str, Any]:
+    """Of a layer as JSON; a width that is not given is left out, as before there was one."""
+    fields = dataclasses.asdict(layer)
+    if layer.hidden is None:
+        del fields["hidden"]
+    return fields
 
 
 def _recipe(layer: LayerConfig, normalize: bool, standardized: tuple[str, ...]) -> str:

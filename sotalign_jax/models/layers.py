@@ -31,16 +31,18 @@ class LayerConfig:
         width_factor: hidden width over input width of ``"mlp"`` (``None``: 4) and of each branch of
             ``"star"`` (``None``: 8); fractions are allowed. ``"linear"`` has no hidden width and
             takes ``None`` only.
+        hidden: the hidden width itself, whatever the input's, instead of a factor.
 
     Raises:
-        ValueError: for an unknown kind, a field of the wrong type, or a width factor that is not
-            positive or has no meaning.
+        ValueError: for an unknown kind, a field of the wrong type, or a width that is not positive
+            or has no meaning.
     """
 
     kind: LayerKind = "linear"
     layer_norm: bool = True
     bias: bool = True
     width_factor: int | float | None = None
+    hidden: int | None = None
 
     def __post_init__(self):
         kinds = get_args(LayerKind)
@@ -49,6 +51,12 @@ class LayerConfig:
         for name in ("layer_norm", "bias"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: got {getattr(self, name)!r}; it must be true or false")
+        if self.hidden is not None:
+            if self.kind == "linear" or self.width_factor is not None:
+                raise ValueError(
+                    f"hidden: got {self.hidden!r}; it is for mlp and star, without a width_factor"
+                )
+            check_sizes(hidden=self.hidden)
         factor = self.width_factor
         if factor is None:
             return
@@ -224,8 +232,8 @@ def make_layer(
         rngs: source of the initial weights.
 
     Returns:
-        The layer, a map from ``(n, d_in)`` to ``(n, d_out)`` float32. A hidden width is
-        ``width_factor * d_in``, rounded, at least 1.
+        The layer, a map from ``(n, d_in)`` to ``(n, d_out)`` float32. A hidden width that is not
+        given is ``width_factor * d_in``, rounded, at least 1.
 
     Raises:
         ValueError: when a width is not a positive integer.
@@ -233,7 +241,8 @@ def make_layer(
     options = {"layer_norm": config.layer_norm, "bias": config.bias, "rngs": rngs}
     if config.kind == "linear":
         return Linear(d_in, d_out, **options)
-    factor = config.width_factor
-    hidden = None if factor is None else max(1, round(factor * d_in))
+    hidden, factor = config.hidden, config.width_factor
+    if factor is not None:
+        hidden = max(1, round(factor * d_in))
     layer = MLP if config.kind == "mlp" else Star
     return layer(d_in, d_out, hidden=hidden, **options)

@@ -9,11 +9,16 @@ import numpy as np
 
 from sotalign_jax import features
 from sotalign_jax.features import FeatureTable
+from sotalign_jax.features.splits import counts_rows, numbered_otherwise, numbers_with_gaps
 from sotalign_jax.protocols.base import Progress, Protocol, Rows, listed
 from sotalign_jax.protocols.published import BENCHMARK, SAIL, published_rows
 from sotalign_jax.training.evaluate import evaluate
 
 __all__ = ["RETRIEVAL", "RetrievalProtocol"]
+
+_COUNTED = (
+    "ids of both tables count their rows: right only if a number means the same image in both"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,8 +33,8 @@ class RetrievalProtocol(Protocol):
         first_captions: texts beyond so many of an image are left out, those later in the table.
         fewer: whether rows may be missing, because links died; what is left is joined by id.
         members: images of this split by which it is told from others of its size, where all ids
-            are names of files as ``names`` says.
-        names: pattern of these names, whose group is compared without zeros before it.
+            are names of files as ``names`` says; numbers alone are where most are missing.
+        names: pattern of these names, whose last group is compared without zeros before it.
         others: which splits have its size.
     """
 
@@ -39,7 +44,7 @@ class RetrievalProtocol(Protocol):
     first_captions: bool = False
     fewer: bool = False
     members: tuple[str, ...] = ()
-    names: str = r"(?<!\d)(\d{12})$"
+    names: str = r"(?<!\d)(\d{12})$|^([1-9]\d{0,10})$"
     others: str = "val2017 and Karpathy's test and validation splits have 5,000 other images each"
 
     @property
@@ -59,8 +64,11 @@ class RetrievalProtocol(Protocol):
         self.check_unique("image", image, image_ids)
         if self.captions == 1:
             self.check_unique("text", text, text_ids)
+        if numbering := numbered_otherwise(image, text):
+            raise self.refuse("but " + numbering)
+        counted = counts_rows(image) and counts_rows(text)
         if self.fewer:
-            return self._joined(image, text)
+            return self._joined(image, text, counted)
         self.check_count("image", image, self.images)
         unknown = text_ids[~np.isin(text_ids, image_ids)]
         if len(unknown):
@@ -70,9 +78,10 @@ class RetrievalProtocol(Protocol):
                 f"image ids look like {str(image_ids[0])!r}; the texts may be of another split",
             )
         self._check_members(image, image_ids)
-        notes: list[str] = []
+        notes = [_COUNTED] if counted else []
         if self.first_captions:
-            kept, notes = self._first(text, text_ids)
+            kept, left_out = self._first(text, text_ids)
+            notes = left_out + notes
             text, text_ids = text.select(kept), text_ids[kept]
         owner = np.searchsorted(np.sort(image_ids), text_ids)
         counts = np.bincount(owner, minlength=len(image_ids))
@@ -100,13 +109,22 @@ class RetrievalProtocol(Protocol):
         notes = (*self._missing(len(image)), "joined by row: the tables have no ids")
         return Rows(image, text, notes)
 
-    def _joined(self, image: FeatureTable, text: FeatureTable) -> Rows:
+    def _joined(self, image: FeatureTable, text: FeatureTable, counted: bool) -> Rows:
         """One to one; rows without a partner are left out."""
         image_ids, text_ids = self.ids_of("image", image), self.ids_of("text", text)
         # A larger table is another split, whose ids may well be the same numbers of rows.
         for side, table in (("image", image), ("text", text)):
             if len(table) > self.images:
                 self.check_count(side, table, self.images)
+        # What is missing must be seen in the ids: rows that were counted after a loss are others.
+        whole = all(ids[-1] == str(len(ids) - 1) for ids in (image_ids, text_ids))
+        if counted and whole and len(image) != len(text):
+            raise self.refuse(
+                f"found {len(image):,} images in {image.name} and {len(text):,} texts in "
+                f"{text.name}, whose ids count the rows of each",
+                "number them before rows are lost, or encode with a column of ids "
+                "(--column=id:NAME)",
+            )
         together = np.intersect1d(image_ids, text_ids)
         if len(together) < 2:
             raise self.refuse(
@@ -120,7 +138,7 @@ class RetrievalProtocol(Protocol):
         return Rows(
             image.select(np.flatnonzero(np.isin(image_ids, together))),
             text.select(np.flatnonzero(np.isin(text_ids, together))),
-            tuple(notes),
+            (*notes, *([_COUNTED] if counted else [])),
         )
 
     def _missing(self, pairs: int) -> list[str]:
@@ -152,9 +170,10 @@ class RetrievalProtocol(Protocol):
         if not self.members:
             return
         found = [re.search(self.names, name) for name in ids.tolist()]
-        if not all(found):
+        bare = any(match and match[0].isdecimal() and match[0][0] != "0" for match in found)
+        if not all(found) or (bare and not numbers_with_gaps(image)):
             return  # not named after the files: nothing to tell by
-        here = {match[1].lstrip("0") for match in found if match}
+        here = {match[match.lastindex or 0].lstrip("0") for match in found if match}
         absent = [name for name in self.members if name not in here]
         if absent:
             raise self.refuse(

@@ -64,26 +64,27 @@ def test_metrics_by_hand():
             [[0.2], 0.3, 0.1, 0.0],  # second
             [[0.1], 0.2, 0.3, 0.4],  # fourth
             [0.5, [0.5], 0.1, 0.0],  # a tie with an earlier class: second
+            [0.1, 0.4, [0.4], 0.3],  # another
             [0.1, 0.1, [0.5], 0.5],  # a tie with a later class: right
             [0.0, 0.0, 0.0, [0.1]],  # right
         ],
         dtype=object,
     )
-    labels = np.array([0, 0, 0, 1, 2, 3])
+    labels = np.array([0, 0, 0, 1, 2, 2, 3])
     plain = np.array([[v[0] if isinstance(v, list) else v for v in row] for row in scores])
     rows = plain.astype(np.float32)
-    for sizes in ([6], [4, 2], [1] * 6):
+    for sizes in ([7], [4, 3], [1] * 7):
         chunks = np.split(rows, np.cumsum(sizes)[:-1])
         got = classification_metrics(
             iter(chunks), np.eye(4, dtype=np.float32), labels, ks=(1, 2, 3, 5)
         )
         assert got == pytest.approx(
             {
-                "top@1": 3 / 6,
-                "top@2": 5 / 6,
-                "top@3": 5 / 6,
-                "mean_per_class_recall": (1 / 3 + 0 + 1 + 1) / 4,
-                "n_images": 6.0,
+                "top@1": 3 / 7,
+                "top@2": 6 / 7,
+                "top@3": 6 / 7,
+                "mean_per_class_recall": (1 / 3 + 0 + 1 / 2 + 1) / 4,
+                "n_images": 7.0,
                 "n_classes": 4.0,
             }
         )

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sotalign_jax.features import FeatureTable, Pairs, Splits, join, pair, split_pairs
+from sotalign_jax.features.splits import counts_rows, numbers_with_gaps
 
 
 def table(ids, name, dim=2):
@@ -81,6 +82,37 @@ def test_join_says_what_it_drops(caplog):
     caplog.clear()
     join(table(["1", "2"], "img"), table(["2", "1", "1"], "txt"))
     assert not caplog.text
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_join_warns_of_numbers_that_are_not_the_same_ids(turned, caplog):
+    """COCO's images by their numbers, and a table of captions that counts its rows."""
+    sides = [table(["3", "139", "285", "7007"], "a"), table([str(row) for row in range(300)], "b")]
+    with caplog.at_level(logging.WARNING):
+        rows = join(*(sides[::-1] if turned else sides))
+    assert len(rows[0]) == 3
+    assert (
+        "join: ids of b count its rows, those of a are other numbers; encode b with a column of "
+        "ids (--column=id:NAME), unless they are numbers of the same rows" in caplog.text
+    )
+
+
+def test_join_takes_numbers_that_may_well_be_the_same(caplog):
+    rows = [str(row) for row in range(300)]
+    shuffled = np.random.default_rng(0).permutation(rows).tolist()
+    zeros = ["003", "139", "285"]
+    for ids in (rows, rows[::2] + rows[1::2], shuffled[:200], [f"{row}.0" for row in rows] + ["1"]):
+        with caplog.at_level(logging.WARNING):
+            join(table(ids, "a"), table(rows, "b"))
+    with caplog.at_level(logging.WARNING):
+        join(table([*zeros, "7007"], "a"), table([*rows[:150], "003"], "b"))
+        join(table(["3", "139", "7007"], "a"), table(["7007", "3"], "b"))
+    assert "count" not in caplog.text and "dropped" in caplog.text
+    # Zeros before them make names of them, which numbers of rows do not have.
+    assert numbers_with_gaps(table(["3", "139", "7007"], "a"))
+    assert not numbers_with_gaps(table(["0003", "0139", "7007"], "a"))
+    assert counts_rows(table(["0", "1", "1", "3"], "a"))
+    assert not counts_rows(table(["00", "01", "02"], "a"))
 
 
 def test_pair_keeps_every_caption():

@@ -7,6 +7,7 @@ import pytest
 import safetensors.numpy
 
 from sotalign_jax.interop import read_sail_heads
+from sotalign_jax.models import Aligner
 
 
 def checkpoint(kind, rng, *, dims=(6, 9), dim=4, hidden=(12, 18)):
@@ -144,9 +145,25 @@ def test_what_does_not_fit_is_named(change, message, tmp_path):
         read_sail_heads(saved(broken(change), tmp_path / "head.safetensors"))
 
 
-def test_widths_without_a_common_factor(tmp_path):
-    tensors = checkpoint("mlp", np.random.default_rng(4), hidden=(12, 12))
-    with pytest.raises(ValueError, match="are no common multiple"):
+@pytest.mark.parametrize("kind", ["mlp", "star"])
+def test_hidden_layers_of_one_width(kind, tmp_path):
+    """Of both sides, though their inputs differ: neither is a multiple that the other has."""
+    rng = np.random.default_rng(4)
+    tensors = checkpoint(kind, rng, hidden=(10, 10))
+    aligner = read_sail_heads(saved(tensors, tmp_path / "head.safetensors"))
+    aligner.save(tmp_path / "aligner")
+    again = Aligner.load(tmp_path / "aligner")
+    for side, width in (("vision", 6), ("text", 9)):
+        rows = rng.normal(size=(5, width)).astype(np.float32)
+        expected = forward(kind, tensors, side, rows)
+        for one in (aligner, again):
+            embed = one.embed_image if side == "vision" else one.embed_text
+            np.testing.assert_allclose(embed(rows), expected, atol=2e-5)
+
+
+def test_hidden_widths_that_have_nothing_in_common(tmp_path):
+    tensors = checkpoint("mlp", np.random.default_rng(4), hidden=(12, 20))
+    with pytest.raises(ValueError, match="neither the same number nor the same multiple"):
         read_sail_heads(saved(tensors, tmp_path / "head.safetensors"))
 
 

@@ -163,6 +163,9 @@ def test_config_goes_through_json():
         ({"kind": "mlp", "width_factor": float("inf")}, "width_factor: .*finite"),
         ({"kind": "star", "width_factor": "8"}, "width_factor: .*number"),
         ({"kind": "star", "width_factor": True}, "width_factor: .*number"),
+        ({"kind": "linear", "hidden": 3}, "hidden: got 3; it is for mlp and star"),
+        ({"kind": "mlp", "hidden": 3, "width_factor": 2}, "hidden: .*without a width_factor"),
+        ({"kind": "star", "hidden": 0}, "hidden: .*positive integer"),
     ],
 )
 @pytest.mark.usefixtures("untyped")

@@ -74,6 +74,24 @@ def test_prompts_are_averaged_behind_the_text_head(kind, world):
     assert "top@5" not in metrics
 
 
+def test_numbers_by_hand_of_classes_of_different_size():
+    """Images of 2, 1 and 3; the prompts of the first two classes are the same, so that they tie."""
+    ids = ["cat/0", "cat/1", "sea_lion/2", "dog/3", "dog/4", "dog/5"]
+    x, y, z = np.eye(3, dtype=np.float32)
+    image = FeatureTable.from_array([x, y, x, y, x, z], ids=ids)
+    text = FeatureTable.from_array(np.repeat([x, x, y], 8, axis=0), ids=KEYS)
+    protocol = dataclasses.replace(SMALL, images=6)
+    # Right: cat/0, the first of two that tie, and dog/3. Of z all tie, and the first is taken.
+    assert protocol.run(identity(3), image, text)["metrics"] == pytest.approx(
+        {
+            "top@1": 2 / 6,
+            "mean_per_class_recall": (1 / 2 + 0 + 1 / 3) / 3,
+            "n_images": 6.0,
+            "n_classes": 3.0,
+        }
+    )
+
+
 def test_averaging_features_before_the_head_is_something_else(world):
     _, texts, _, _ = world
     aligner = Aligner(
@@ -158,6 +176,7 @@ EXPECTED = "dtd: expected 12 images of 3 classes and 24 prompts (8 a class) "
         (FOLDERS, KEYS, {"cat/0": "cat"},
          "but 11 (first: 'sea_lion/1') of image ids in I have no label; labels are of ids as "
          "'cat/0'"),
+        (FOLDERS, KEYS, {}, "but 12 (first: 'cat/0') of image ids in I have no label"),
         ([*FOLDERS[:11], "bird/1"], KEYS, None,
          "but 1 (first: 'bird') of the labels are not among the classes; a label is a class's "
          "number or its name, as 'cat'"),

@@ -52,7 +52,12 @@ def test_patterns_are_by_the_order_of_the_pairs():
             "n_items": 3.0,
         }
     )
-    assert len(MMVP.patterns) == 9 and MMVP.items == 9 * 15
+    assert MMVP.items == 9 * 15
+    # In the order of the published script.
+    assert [name.split()[0] for name in MMVP.patterns] == [
+        "Orientation", "Presence", "State", "Quantity", "Positional", "Color", "Structural",
+        "Texts", "Viewpoint",
+    ]  # fmt: skip
 
 
 def test_weighted_embeddings_are_not_scaled_to_unit_length():

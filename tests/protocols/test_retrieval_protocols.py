@@ -144,9 +144,14 @@ def test_the_known_splits_are_taken():
     flickr = [f"{number}" for number in range(1_000)]
     assert len(FLICKR.select(table(flickr, "i"), table(flickr * 5, "t")).text) == 5_000
     assert len(FLICKR.select(table(FLICKR_IDS, "i"), table(FLICKR_IDS * 5, "t")).text) == 5_000
-    for form in ("row-{}x", "{}", "image_{}"):  # of the user's own, with nothing to tell by
+    # Of the user's own, with nothing to tell by.
+    for form in ("row-{}x", "{}", "image_{}", "1{:012d}"):
         own = [form.format(index) for index in range(5_000)]
         assert len(COCO.select(table(own, "i"), table(own * 5, "t")).image) == 5_000
+    mixed = [f"{number}" for number in np.random.default_rng(0).permutation(5_000)]
+    assert COCO.select(table(mixed, "i"), table(sorted(mixed) * 5, "t")).notes == ()
+    some = [*(f"image_{index}" for index in range(4_999)), "000000000139"]
+    assert len(COCO.select(table(some, "i"), table(some * 5, "t")).image) == 5_000
 
 
 # ---- refusals
@@ -189,12 +194,27 @@ EXPECTED = {
         ("coco_val2017", [*coco_ids()[1:], "x000000000007"], [*coco_ids()[1:], "x000000000007"] * 5,
          "but image 139, which belongs to it, is not in I; val2017 and Karpathy's test and "
          "validation splits have 5,000 other images each"),
+        ("coco_val2017", [*coco_ids()[:-1], "000000000007"], [*coco_ids()[:-1], "000000000007"] * 5,
+         "but image 581781, which belongs to it, is not in I; val2017 and Karpathy's test and "
+         "validation splits have 5,000 other images each"),
+        *(
+            # Also by numbers alone, as `image_id` is in annotations.
+            ("coco_karpathy", ids, ids * 5,
+             "but image 391895, which belongs to it, is not in I; val2017 and Karpathy's test and "
+             "validation splits have 5,000 other images each")
+            for ids in (coco_ids(), [f"{int(name)}" for name in coco_ids()],
+                        [f"COCO_val2014_{number:012d}" for number in range(1, 5_001)])
+        ),
         ("coco_karpathy", KARPATHY_IDS,
          KARPATHY_IDS * 5, "found 25,000 texts in T; captions were cut to the first "
          "five of each image"),
         ("coco_karpathy", KARPATHY_IDS,
          [*KARPATHY_IDS * 5, *KARPATHY_IDS[:14]],
          "found 25,014 texts in T; all captions of COCO val2017, not cut to five"),
+        ("flickr30k", [FLICKR_IDS[0], *FLICKR_IDS[2:], "99999"],
+         [FLICKR_IDS[0], *FLICKR_IDS[2:], "99999"] * 5,
+         "but image 1009434119, which belongs to it, is not in I; Flickr8k's test split and a "
+         "fifth of COCO's have 1,000 images with five texts too"),
         *(
             ("flickr30k", ids, ids * 5,
              "but image 1007129816, which belongs to it, is not in I; Flickr8k's test split and a "
@@ -231,6 +251,52 @@ def test_other_rows_are_refused_with_what_they_may_be(name, image, text, found):
     assert message == f"{name}: {EXPECTED[name]}{found}"
 
 
+def test_numbers_of_rows_are_not_joined_with_numbers_of_images():
+    """A table without ids counts its rows, 0, 1, ...; COCO's images are numbers, with gaps."""
+    bare = [f"{int(name)}" for name in coco_ids()]
+    rows = [f"{row}" for row in range(25_000)]
+    cause = (
+        "but ids of T count its rows, those of I are other numbers; encode T with a column of ids "
+        "(--column=id:NAME), unless they are numbers of the same rows"
+    )
+    for name in ("coco_val2017", "cc3m_val"):
+        message = refusal(PROTOCOLS[name], table(bare, "I"), table(rows, "T"))
+        assert message == f"{name}: {EXPECTED[name]}{cause}"
+    assert "but ids of I count its rows" in refusal(SUE, table(rows, "I"), table(bare[:400], "T"))
+    # All of one table's numbers are in the other, so that the join itself would succeed.
+    assert np.isin(bare[:1_000], rows).all()
+
+
+def test_tables_that_count_their_rows_each_for_itself():
+    eleven, fifteen = ([f"{row}" for row in range(n)] for n in (11_000, 15_840))
+    assert refusal(CC3M, table(eleven, "I"), table(fifteen, "T")) == (
+        f"cc3m_val: {EXPECTED['cc3m_val']}found 11,000 images in I and 15,840 texts in T, whose "
+        "ids count the rows of each; number them before rows are lost, or encode with a column of "
+        "ids (--column=id:NAME)"
+    )
+    note = (
+        "ids of both tables count their rows: right only if a number means the same image in both"
+    )
+    assert note in CC3M.select(table(eleven, "I"), table(eleven, "T")).notes
+    # What is missing shows in the numbers: these were counted before rows were lost.
+    lost = [name for name in fifteen if not name.endswith("7")]
+    rows = CC3M.select(table(lost, "I"), table(fifteen, "T"))
+    assert len(rows.image) == len(rows.text) == len(lost) and note in rows.notes
+    listed = [f"{row // 5}" for row in range(25_000)]
+    rows = COCO.select(table([f"{row}" for row in range(5_000)], "I"), table(listed, "T"))
+    assert rows.notes == (note,)
+
+
+def test_tables_without_ids_must_have_the_number_of_rows():
+    four, five = (FeatureTable.from_array(np.ones((n, 2), np.float32), name="I") for n in (4, 5))
+    for protocol in (tiny(SUE, images=4, texts=4), tiny(CC3M, images=4, texts=4)):
+        assert len(protocol.select(four, four).image) == 4
+        message = refusal(protocol, five, five)
+        assert message.endswith("found 5 images in I") and protocol.split in message
+    assert refusal(tiny(SUE, images=5, texts=5), four, four).endswith("found 4 images in I")
+    assert len(tiny(CC3M, images=5, texts=5).select(four, four).image) == 4
+
+
 def test_tables_without_ids_are_refused_where_images_have_several_texts():
     image = FeatureTable.from_array(np.ones((1_000, 2), np.float32), name="I")
     text = FeatureTable.from_array(np.ones((5_000, 2), np.float32), name="T")
@@ -251,6 +317,14 @@ def test_width_and_finiteness_are_checked_before_anything_is_embedded():
     protocol = tiny(SUE, images=4, texts=4)
     with pytest.raises(ValueError, match="image: images has 8 columns, but the aligner takes 5"):
         protocol.run(identity(5), image, text)
+    wide = FeatureTable.from_array(np.ones((4, 9), np.float32), ids=list("abcd"), name="wide")
+    with pytest.raises(ValueError, match="text: wide has 9 columns, but the aligner takes 8"):
+        protocol.run(identity(8), image, wide)
+    infinite = FeatureTable.from_array(
+        np.full((4, 8), np.inf, np.float32), ids=list("abcd"), name="images"
+    )
+    with pytest.raises(ValueError, match=r"images: 4 of 4 rows hold NaN or Inf"):
+        protocol.run(identity(8), infinite, text)
     rows = text.array()
     rows[2, 1] = np.nan
     bad = FeatureTable.from_array(rows, ids=list("abcd"), name="texts")
