@@ -3,7 +3,7 @@
 # run this one on their machines. Or encode, likewise:
 #
 #   CONFIG=configs/emoji.py WORKDIR=runs/emoji launch/local.sh [--config.steps=100 ...]
-#   COMMAND=encode OUT=features/image launch/local.sh --images=photos --encoder=clip-vit-l14
+#   COMMAND=encode OUT=features/image launch/local.sh --images=photos --encoder=dinov3-vitl16
 #
 # Resume: the same command goes on from the last checkpoint, or with the parts that are missing.
 # SIGTERM, Ctrl-C and a lost terminal save and stop. Exit status: 0 done, for encode also where

@@ -6,7 +6,7 @@
 #   PROCESSES=2 CONFIG=configs/emoji.py WORKDIR=runs/emoji \
 #     launch/multiprocess.sh [--config.steps=100 ...]
 #   PROCESSES=8 ONE_GPU_EACH=1 COMMAND=encode OUT=features/image \
-#     launch/multiprocess.sh --images=photos --encoder=clip-vit-l14 --workers=4
+#     launch/multiprocess.sh --images=photos --encoder=dinov3-vitl16 --workers=4
 #
 # Resume: the same command goes on. SIGTERM and Ctrl-C reach every process. When one fails, the
 # others are told to stop, and killed after GRACE seconds; of encode they go on, and take over its

@@ -244,14 +244,17 @@ def test_dry_runs_of_encode(bin, monkeypatch):
     for script in SCRIPTS:
         monkeypatch.setitem(VARIABLES, script, to_encode(VARIABLES[script]))
     flag = ENCODE[-1]
+
+    def log_of(number):
+        return f">>{STORE}.logs/process_{number}.log", "2>&1", "&"
+
     assert dry_run("local.sh", bin, flag) == [["sotalign", *ENCODE]]
     for gpus, expected in (({}, "01"), ({"CUDA_VISIBLE_DEVICES": "5,7"}, "57")):
         several = dry_run("multiprocess.sh", bin, flag, ONE_GPU_EACH="1", **gpus)
         assert several == [
             ["mkdir", "-p", f"{STORE}.logs"],
             *(
-                ["env", f"CUDA_VISIBLE_DEVICES={gpu}", "sotalign", *ENCODE]
-                + [f">>{STORE}.logs/process_{number}.log", "2>&1", "&"]
+                ["env", f"CUDA_VISIBLE_DEVICES={gpu}", "sotalign", *ENCODE, *log_of(number)]
                 for number, gpu in enumerate(expected)
             ),
         ]
