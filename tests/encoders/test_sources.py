@@ -605,6 +605,43 @@ def test_what_has_nothing_of_the_modality(tmp_path):
         open_source(tmp_path, "audio")
 
 
+@pytest.mark.parametrize("rows_per_shard", [1, 2, 9])
+def test_csv_rows_end_with_any_line_end(tmp_path, rows_per_shard):
+    expected = [("0", "a\rb"), ("1", "c"), ("2", "d"), ("3", "e")]
+    for end in ("\n", "\r\n", "\r"):
+        rows = ["id,caption", '0,"a\rb"', "1,c", "2,d", "3,e"]
+        for last in (end, ""):
+            (tmp_path / "t.csv").write_bytes((end.join(rows) + last).encode())
+            found = texts(tmp_path / "t.csv", rows_per_shard=rows_per_shard)
+            assert found == expected, (end, last)
+    (tmp_path / "t.csv").write_bytes(b"id,caption\r\n0,a\rb\r\n1,c\r\n")
+    wrong = ("row 1", "wrong row: 1 fields, the header has 2")
+    assert texts(tmp_path / "t.csv") == [("0", "a"), wrong, ("1", "c")]
+
+
+@pytest.mark.parametrize("name", ["t.txt", "t.jsonl"])
+def test_a_file_of_one_line_by_its_line_ends_is_refused(tmp_path, name):
+    (tmp_path / name).write_bytes(b'{"caption": "a"}\r{"caption": "b"}\r')
+    with pytest.raises(ValueError, match=r"lines end with a carriage return alone \(\\r, as"):
+        texts(tmp_path / name)
+    (tmp_path / name).write_bytes(b'{"caption": "a"}\r')
+    assert texts(tmp_path / name) in ([("0", "a")], [("0", '{"caption": "a"}')])
+
+
+def test_paths_of_windows_are_found_or_explained(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for name in ("photos/a.png", "b\\c.png"):
+        (tmp_path / name).write_bytes(png(0))
+    names = ["photos\\a.png", "b\\c.png", "C:\\photos\\a.png"]
+    (tmp_path / "t.csv").write_text("image\n" + "".join(f"{name}\n" for name in names))
+    hint = "as it is written and with / for each backslash"
+    assert images(tmp_path / "t.csv") == [
+        ("photos/a", tmp_path / "photos/a.png"),
+        ("b/c", tmp_path / names[1]),  # a file may be called so
+        ("C:/photos/a", f"not readable: No such file or directory, {hint}"),
+    ]
+
+
 def test_a_source_that_changed_has_other_settings(tmp_path):
     def settings():
         return open_source(tmp_path / "t.csv", "text").settings()
