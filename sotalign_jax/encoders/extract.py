@@ -417,10 +417,9 @@ class _Run:
                 free = stack.enter_context(lock(self._home.lock(part)))
             except FileNotFoundError:  # all is done, and the directory gone
                 return False
+            if free:
+                self._home.look_again()
             if not free or self._home.done(part) or not self._home.exists:
-                return False
-            self._home.look_again()
-            if self._home.done(part):
                 return False
             self._locks[part] = stack.pop_all()
         self._mine.add(part)

@@ -435,16 +435,23 @@ def test_a_part_that_another_host_has_finished_unseen(tmp_path, monkeypatch):
     def stale(self, number):
         return number not in hidden and done(self, number)
 
+    def hides(items):
+        calls.append(len(items))
+        hidden.add(0)
+        return tiny_encoder.image(items)
+
     monkeypatch.setattr(WorkingDirectory, "done", stale)
     with monkeypatch.context() as patch:
         patch.setattr(WorkingDirectory, "look_again", lambda self: hidden.clear())
-        run(folder, "image", tmp_path / "b", shards=(0, 2), function=fails_later_never(calls))
-    assert calls == [3, 3, 1]  # of part 1 alone
-    hidden.add(0)  # and where looking again did not help
-    run(folder, "image", tmp_path / "b", shards=(0, 1), function=fails_later_never(calls))
-    assert calls == [3, 3, 1] * 2 and not list(home.path.glob(".*"))
-    hidden.clear()
-    assert run(folder, "image", tmp_path / "b").complete
+        assert run(folder, "image", tmp_path / "b", shards=(0, 2), function=hides).parts_left == 1
+        assert calls == [3, 3, 1]  # of part 1 alone
+        hidden.add(0)
+        patch.setattr(WorkingDirectory, "look_again", lambda self: None)  # and if that is no help
+        run(folder, "image", tmp_path / "b", shards=(0, 1), function=hides)
+        assert calls == [3, 3, 1] * 2 and not list(home.path.glob(".*"))
+        hidden.clear()
+        patch.setattr(WorkingDirectory, "look_again", lambda self: hidden.clear())
+        assert run(folder, "image", tmp_path / "b", shards=(2, 3), function=hides).complete
     assert everything(tmp_path / "a") == everything(tmp_path / "b")
 
 
@@ -610,6 +617,16 @@ def test_a_model_whose_files_changed_is_refused(tmp_path, done):
     assert settings["encoder"]["settings"] == {}
 
 
+def test_settings_that_only_one_side_has_differ():
+    parts.compare_settings({"a": {"b": 1}}, {"a": {"b": 1}}, "there")
+    for recorded, now, message in (
+        ({"a": {"b": 1}}, {"a": {}}, r"there holds another encoding \(a\.b is 1 there and absent"),
+        ({"a": 1}, {"a": 1, "b": 2}, "b is absent there and 2 now"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parts.compare_settings(recorded, now, "there")
+
+
 def test_arguments_that_are_refused(tmp_path):
     folder = image_folder(tmp_path, 3)
     source, made = open_source(folder, "image"), encoder("image")
@@ -728,6 +745,28 @@ def test_killed_while_the_store_is_put_together(tmp_path, monkeypatch, moment):
     assert run(folder, "image", tmp_path / "b").complete
     assert everything(tmp_path / "a") == everything(tmp_path / "b")
     assert not list(tmp_path.glob(".*"))
+
+
+def test_sigterm_while_the_store_is_put_together(tmp_path, monkeypatch):
+    folder = image_folder(tmp_path, 20)
+    run(folder, "image", tmp_path / "a")
+    with monkeypatch.context() as patch, pytest.raises(extract.Interrupted):
+        patch.setattr(assemble, "_place", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        run(folder, "image", tmp_path / "b")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert run(folder, "image", tmp_path / "b").complete
+    assert everything(tmp_path / "a") == everything(tmp_path / "b")
+
+
+def test_what_a_kill_left_of_a_part_is_removed_when_it_is_done_again(tmp_path):
+    folder, home = image_folder(tmp_path, 20), WorkingDirectory(tmp_path / "b")
+    run(folder, "image", tmp_path / "b", shards=(0, 1))
+    left = [home.path / f".part-0000{part}.0123abcd" for part in (1, 2)]
+    for directory in left:
+        directory.mkdir()
+        (directory / "features.npy").write_bytes(b"half of it")
+    run(folder, "image", tmp_path / "b", shards=(1, 2))
+    assert [directory.exists() for directory in left] == [False, True]  # the other may be at work
 
 
 @pytest.mark.parametrize("ranges", [((0, 3), (0, 3)), ((0, 2), (2, 3))])
