@@ -481,6 +481,24 @@ def test_a_store_that_is_put_together_while_another_process_begins(tmp_path, mon
     assert summary.complete and calls == ["another"]
 
 
+def test_a_store_that_another_process_puts_together_just_before(tmp_path, monkeypatch):
+    folder, calls = image_folder(tmp_path, 10), []
+
+    @contextlib.contextmanager
+    def late(path):
+        if path.name == "assemble.lock" and not calls:
+            calls.append("another")
+            assert run(folder, "image", tmp_path / "b").complete
+            yield True  # of the file as it was opened before
+            return
+        with lock(path) as free:
+            yield free
+
+    monkeypatch.setattr(extract, "lock", late)
+    assert run(folder, "image", tmp_path / "b").complete
+    assert calls == ["another"] and not list(tmp_path.glob(".*"))
+
+
 @pytest.mark.parametrize("at", ["features.npy", "ids.jsonl", "assembling"])
 def test_a_full_disk_is_said_and_the_same_call_goes_on(tmp_path, monkeypatch, at):
     folder = image_folder(tmp_path, 20)

@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import tarfile
+import types
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from rich.console import Console
 from tiny_encoder import png
 
 from sotalign_jax.data_commands import labels
-from sotalign_jax.encoders.sources import Columns, kind_of, open_source
+from sotalign_jax.encoders.sources import Columns, kind_of, open_source, tfds
 from sotalign_jax.encoders.sources.webdataset import expand
 from sotalign_jax.features import MissingFileError
 
@@ -431,6 +432,10 @@ def test_archives_with_rubbish(tmp_path):
     data = (tmp_path / "z.tar.gz").read_bytes()
     (tmp_path / "z.tar.gz").write_bytes(data[: len(data) // 2])
     assert images(tmp_path / "z.tar.gz")[-1][1].startswith("broken archive: ")
+    # Cut in a field of the header that has its length in front.
+    (tmp_path / "h.tar.gz").write_bytes(b"\x1f\x8b\x08\x04" + bytes(6))
+    reason = "broken archive: the header of gzip breaks off"
+    assert images(tmp_path / "h.tar.gz") == [("after the start", reason)]
 
 
 # tensorflow-datasets
@@ -439,23 +444,23 @@ def test_archives_with_rubbish(tmp_path):
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """A data set of five images and captions, prepared as ArrayRecord."""
-    tfds = pytest.importorskip("tensorflow_datasets")
+    library = pytest.importorskip("tensorflow_datasets")
     pytest.importorskip("array_record")
 
-    class Tiny(tfds.core.GeneratorBasedBuilder):
-        VERSION = tfds.core.Version("1.0.0")
+    class Tiny(library.core.GeneratorBasedBuilder):
+        VERSION = library.core.Version("1.0.0")
         pkg_dir_path = Path(__file__).parent
 
         def _info(self):
-            features = tfds.features.FeaturesDict(
+            features = library.features.FeaturesDict(
                 {
-                    "image": tfds.features.Image(shape=(None, None, 3)),
-                    "caption": tfds.features.Text(),
-                    "captions": tfds.features.Sequence({"text": tfds.features.Text()}),
-                    "n": tfds.features.Scalar(np.int64),
+                    "image": library.features.Image(shape=(None, None, 3)),
+                    "caption": library.features.Text(),
+                    "captions": library.features.Sequence({"text": library.features.Text()}),
+                    "n": library.features.Scalar(np.int64),
                 }
             )
-            return tfds.core.DatasetInfo(builder=self, features=features)
+            return library.core.DatasetInfo(builder=self, features=features)
 
         def _split_generators(self, dl_manager):
             return {"train": self._generate_examples(5), "test": self._generate_examples(1)}
@@ -552,6 +557,27 @@ def test_data_sets_that_are_not_array_records(prepared, tmp_path):
     (copy / "dataset_info.json").write_text(info.replace("array_record", "tfrecord"))
     with pytest.raises(ValueError, match=r"not stored as ArrayRecord, .*'array_record'"):
         texts(copy, split="test")
+
+
+def test_a_data_set_of_tfds_is_the_same_in_every_process(prepared, monkeypatch):
+    found = []
+    build = tfds._builder
+    for order in (sorted, lambda names: sorted(names, reverse=True)):
+
+        def ordered(*given, order=order):
+            builder, named = build(*given)
+            features = {name: builder.info.features[name] for name in order(builder.info.features)}
+            info = types.SimpleNamespace(
+                features=features, splits=builder.info.splits, full_name=builder.info.full_name
+            )
+            return types.SimpleNamespace(
+                info=info, as_data_source=builder.as_data_source, data_dir=builder.data_dir
+            ), named
+
+        monkeypatch.setattr(tfds, "_builder", ordered)
+        source = open_source(prepared, "text", split="train")
+        found.append((source.settings(), items(source)))
+    assert found[0] == found[1]
 
 
 def test_data_sets_that_tfds_does_not_have(tmp_path):
@@ -651,6 +677,14 @@ def test_a_source_that_changed_has_other_settings(tmp_path):
     assert settings() == before and json.loads(json.dumps(before)) == before
     (tmp_path / "t.csv").write_text("caption\na\nb\n")
     assert settings() != before
+
+
+def test_archives_that_changed_have_other_settings(tmp_path):
+    found = []
+    for names in ("0", "01"):
+        write_tar(tmp_path / "t.tar", [(f"{n}.txt", "a" * 9999) for n in names])
+        found.append(open_source(tmp_path / "t.tar", "text").settings())
+    assert found[0] != found[1]
 
 
 def test_parquet_that_changed_has_other_settings(tmp_path):
