@@ -183,7 +183,7 @@ def test_captions_stay_beside_their_rows(tmp_path):
 
 
 def test_parts_of_which_nothing_is_left(tmp_path):
-    lines = [*["x"] * 3, *[""] * 6, *["y"] * 3, '"\ud83d"']
+    lines = [*["x"] * 3, *["", " ", "\t\n"] * 2, *["y"] * 3, '"\ud83d"']
     rows = [{"id": "0", "caption": text} for text in lines]
     rows[-1]["caption"] = "\ud83d"
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

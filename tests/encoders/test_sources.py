@@ -418,6 +418,14 @@ def test_a_cut_archive_keeps_what_came_before_the_cut(tmp_path, cut):
         assert reason.startswith("broken archive: ")
 
 
+def test_a_sample_that_is_cut_before_its_image_is_no_sample_without_one(tmp_path):
+    write_tar(tmp_path / "t.tar", [("0.jpg", "a"), ("1.cls", "b"), ("1.jpg", "c" * 2000)])
+    data = (tmp_path / "t.tar").read_bytes()
+    (tmp_path / "t.tar").write_bytes(data[:3000])  # in the data of the third member
+    (first, (name, reason)) = images(tmp_path / "t.tar")
+    assert first == ("0", b"a") and name == "after 1" and reason.startswith("broken archive: ")
+
+
 def test_archives_with_rubbish(tmp_path):
     write_tar(tmp_path / "t.tar", [(f"{n}.jpg", bytes([n]) * 300) for n in range(3)])
     data = bytearray((tmp_path / "t.tar").read_bytes())
