@@ -708,9 +708,36 @@ def finish(process, status=0):
     return errors
 
 
-@pytest.mark.parametrize("modality", ["image", pytest.param("text", marks=pytest.mark.slow)])
-def test_killed_at_random_moments(tmp_path, start, modality):
-    make = image_folder if modality == "image" else caption_table
+def archives(root, count):
+    (root / "archives").mkdir()
+    for part in range(3):
+        with tarfile.open(root / f"archives/{part}.tar", "w") as archive:
+            for n in range(7 * part, min(7 * part + 7, count)):
+                for suffix, data in (("png", png(n)[: 40 if n == 9 else None]), ("txt", b"")):
+                    info = tarfile.TarInfo(f"{n % 15:03d}.{suffix}")
+                    info.size = len(data)
+                    archive.addfile(info, io.BytesIO(data))
+    broken = root / "archives/2.tar"
+    broken.write_bytes(broken.read_bytes()[:5000])
+    return root / "archives"
+
+
+def csv_table(root, count):
+    rows = "".join(f'{n},"caption ""{n}"",\nnext"\n' for n in range(count))
+    (root / "captions.csv").write_text(f"id,caption\n{rows}20,a,b\n")
+    return root / "captions.csv"
+
+
+@pytest.mark.parametrize(
+    ("modality", "make"),
+    [
+        ("image", image_folder),
+        pytest.param("text", caption_table, marks=pytest.mark.slow),
+        pytest.param("text", csv_table, marks=pytest.mark.slow),
+        pytest.param("image", archives, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_at_random_moments(tmp_path, start, modality, make):
     path, through, cut = make(tmp_path, 20), tmp_path / "through", tmp_path / "cut"
     run(path, modality, through)
     home, killed = WorkingDirectory(cut), []
