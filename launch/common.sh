@@ -3,6 +3,27 @@
 
 exec 3>&1 # where a dry run prints, even from within $(...)
 
+# What COMMAND needs to be told (`needed`), what another script must pass on of it (`passed`), its
+# words for sotalign (`words`), the file that is there once all is done (`result`), and extras of
+# the package that it needs on a TPU.
+# shellcheck disable=SC2034
+case ${COMMAND:=train} in
+  train)
+    needed=(CONFIG WORKDIR) passed=(CONFIG="${CONFIG:-}" WORKDIR="${WORKDIR:-}")
+    words=(train --config="${CONFIG:-}" --workdir="${WORKDIR:-}") result=${WORKDIR:-}/results.json
+    extras=
+    ;;
+  encode)
+    needed=(OUT) passed=(COMMAND=encode OUT="${OUT:-}")
+    words=(encode --out="${OUT:-}") result=${OUT:-}/manifest.json
+    extras='[timm,torchax]'
+    ;;
+  *)
+    echo "${0##*/}: COMMAND: must be train or encode, got '$COMMAND'" >&2
+    exit 2
+    ;;
+esac
+
 # need NAME...: stop with status 2 and name the environment variables that are missing.
 need() {
   local name missing=()

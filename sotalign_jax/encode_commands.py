@@ -26,6 +26,7 @@ from sotalign_jax.encoders.extract import (
 )
 from sotalign_jax.encoders.sources import KINDS, Columns, Source, open_source
 from sotalign_jax.features.store import DTYPES
+from sotalign_jax.training.distributed import use_own_host
 from sotalign_jax.training.metrics import ProgressBar, make_console
 
 __all__ = ["WORDS", "encode", "source_options"]
@@ -75,6 +76,7 @@ def encode(words: Sequence[str], console: Console | None = None) -> int:
     source = open_source(images or texts or "", modality, **source_options())
     # Before an encoder of some gigabytes is read.
     check_request(source, out, batch_size=_BATCH_SIZE.value, workers=_WORKERS.value, shards=shards)
+    use_own_host()
     encoder, at_once = load(_ENCODER.value, modality, _BATCH_SIZE.value, options)
     try:
         with _progress(console, source, shards) as progress:

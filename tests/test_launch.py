@@ -25,6 +25,7 @@ VARIABLES = {
     | {"CLUSTER": "ours", "WORKLOAD": "one", "TPU_TYPE": "v5litepod-16", "IMAGE": "gcr.io/me/it"},
     "slurm.sbatch": RUN,
 }
+STORE = "/data/my features/$HOME `x`"
 BASIC = ("bash", "cat", "chmod", "dirname", "env", "mkdir", "mktemp", "rm", "sleep", "tar", "tr")
 
 
@@ -111,14 +112,27 @@ def test_shellcheck_finds_nothing():
     assert found.returncode == 0, found.stdout
 
 
+def to_encode(variables):
+    """The variables of a script that is to encode."""
+    own = {name: value for name, value in variables.items() if name not in RUN}
+    return own | {"COMMAND": "encode", "OUT": STORE}
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_missing_variables_are_named_together(script, bin):
-    status, output, errors = call(script, {}, path=bin)
-    assert status == 2 and output == ""
-    (line,) = errors.splitlines()
-    assert line.startswith(f"{script}: missing: ")
-    named = line.removeprefix(f"{script}: missing: ").split(";")[0].split()
-    assert set(named) == VARIABLES[script].keys()
+    for command, variables in (
+        ({}, VARIABLES[script]),
+        ({"COMMAND": "encode"}, to_encode(VARIABLES[script])),
+    ):
+        status, output, errors = call(script, command, path=bin)
+        assert status == 2 and output == ""
+        (line,) = errors.splitlines()
+        assert line.startswith(f"{script}: missing: ")
+        named = line.removeprefix(f"{script}: missing: ").split(";")[0].split()
+        assert set(named) == variables.keys() - {"COMMAND"}
+    status, output, errors = call(script, {"COMMAND": "embed"}, path=bin)
+    assert (status, output) == (2, "")
+    assert errors == f"{script}: COMMAND: must be train or encode, got 'embed'\n"
     for name in VARIABLES[script]:
         status, _, errors = call(script, VARIABLES[script] | {name: ""}, path=bin)
         assert status == 2 and f"{script}: missing: {name};" in errors
@@ -223,6 +237,39 @@ def test_dry_run_on_slurm(bin):
     assert requeue == ["scontrol", "requeue", "JOB"]
 
 
+ENCODE = ["encode", f"--out={STORE}", "--images=a b'c"]
+
+
+def test_dry_runs_of_encode(bin, monkeypatch):
+    for script in SCRIPTS:
+        monkeypatch.setitem(VARIABLES, script, to_encode(VARIABLES[script]))
+    flag = ENCODE[-1]
+
+    def log_of(number):
+        return f">>{STORE}.logs/process_{number}.log", "2>&1", "&"
+
+    assert dry_run("local.sh", bin, flag) == [["sotalign", *ENCODE]]
+    for gpus, expected in (({}, "01"), ({"CUDA_VISIBLE_DEVICES": "5,7"}, "57")):
+        several = dry_run("multiprocess.sh", bin, flag, ONE_GPU_EACH="1", **gpus)
+        assert several == [
+            ["mkdir", "-p", f"{STORE}.logs"],
+            *(
+                ["env", f"CUDA_VISIBLE_DEVICES={gpu}", "sotalign", *ENCODE, *log_of(number)]
+                for number, gpu in enumerate(expected)
+            ),
+        ]
+    passed = {"COMMAND=encode", f"OUT={STORE}"}
+    srun, requeue = dry_run("slurm.sbatch", bin, flag)
+    assert passed < set(srun) and srun[-2:] == [str(LAUNCH / "local.sh"), flag]
+    assert "--wait=0" in srun and requeue == ["scontrol", "requeue", "JOB"]
+    (pods,) = dry_run("gke_xpk.sh", bin, flag)
+    assert passed | {flag} < set(shlex.split(option(pods, "command")))
+    *_, install, encode, status = dry_run("tpu_vm.sh", bin, flag)
+    assert ".[timm,torchax]" in shlex.split(option(install, "command"))
+    assert passed | {f"{flag};"} < set(shlex.split(option(encode, "command")))
+    assert f"{STORE}/manifest.json" in shlex.split(option(status, "command"))
+
+
 # ---- one process
 
 
@@ -298,6 +345,13 @@ def test_a_notice_before_training_listens_is_no_failure(here, bin, tmp_path):
     assert finish(process)[0] == 75
 
 
+@pytest.mark.parametrize("status", [0, 2, 75, 130])
+def test_exit_status_of_encode_is_its_own(status, bin, tmp_path):
+    fake(bin, "sotalign", f"exit {status}")  # with 0 it may leave parts to other processes
+    variables = {"COMMAND": "encode", "OUT": str(tmp_path / "my features")}
+    assert call("local.sh", variables, path=bin)[0] == status
+
+
 # ---- several processes
 
 
@@ -347,6 +401,39 @@ def test_sigterm_reaches_every_process(here, bin):
         assert log(here, number).read_text() == f"ready {number}\ntold to stop\n"
 
 
+@pytest.fixture
+def store(tmp_path):
+    return {"COMMAND": "encode", "OUT": str(tmp_path / "my features" / "one")}
+
+
+def test_processes_of_encode_go_on_without_one_that_fails(store, bin):
+    fake(bin, "sotalign", f"""
+        echo "GPU $CUDA_VISIBLE_DEVICES"
+        case $CUDA_VISIBLE_DEVICES in
+          1) exit 137 ;;
+          *) trap 'exit 75' TERM; sleep 0.6; mkdir -p "{store["OUT"]}"; echo done ;;
+        esac""")  # fmt: skip
+    variables = store | {"PROCESSES": "2", "ONE_GPU_EACH": "1", "GRACE": "0"}
+    status, _, errors = call("multiprocess.sh", variables, path=bin)
+    assert status == 137 and "process 1 ended with status 137, see " in errors
+    said = [Path(f"{store['OUT']}.logs/process_{i}.log").read_text() for i in range(2)]
+    assert said == ["GPU 0\ndone\n", "GPU 1\n"]
+
+
+def test_processes_of_encode_that_are_stopped(store, bin, tmp_path):
+    # One that ended with 0 before left the rest to the other.
+    fake(bin, "sotalign", f"""
+        [[ $CUDA_VISIBLE_DEVICES == 0 ]] && exit 0
+        trap 'exit 75' TERM; : >"{tmp_path}/ready"; while :; do sleep 0.05; done""")  # fmt: skip
+    variables = store | {"PROCESSES": "2", "ONE_GPU_EACH": "1"}
+    process = start("multiprocess.sh", variables, path=bin)
+    wait_until((tmp_path / "ready").exists)
+    process.terminate()
+    assert finish(process) == (75, "", "")
+    fake(bin, "sotalign", "exit 0")  # what is left is in hands elsewhere
+    assert call("multiprocess.sh", variables, path=bin) == (0, "", "")
+
+
 @pytest.mark.parametrize("count", ["0", "two", "-1"])
 def test_a_wrong_number_of_processes(count, here, bin):
     status, _, errors = call("multiprocess.sh", here | {"PROCESSES": count}, path=bin)
@@ -372,6 +459,19 @@ def test_slurm_puts_back_what_stopped_early_and_only_that(here, bin, tmp_path):
     assert calls.read_text() == "requeue 77\n"
     fake(bin, "sotalign", f'mkdir -p "{here["WORKDIR"]}"; : >"{here["WORKDIR"]}/results.json"')
     assert call("slurm.sbatch", job, path=bin)[0] == 0
+    assert calls.read_text() == "requeue 77\n"
+
+
+def test_slurm_puts_back_an_encoding_that_was_stopped(store, bin, tmp_path):
+    calls = tmp_path / "calls"
+    fake(bin, "srun", 'while [[ $1 == --* ]]; do shift; done; "$@"')
+    fake(bin, "scontrol", f'echo "$*" >>"{calls}"')
+    job = store | {"SLURM_JOB_ID": "77", "SLURM_SUBMIT_DIR": str(ROOT)}
+    fake(bin, "sotalign", f'echo "$*" >"{tmp_path}/words"; exit 0')
+    assert call("slurm.sbatch", job, "--images=a b", path=bin)[0] == 0 and not calls.exists()
+    assert (tmp_path / "words").read_text() == f"encode --out={store['OUT']} --images=a b\n"
+    fake(bin, "sotalign", "exit 75")
+    assert call("slurm.sbatch", job, path=bin)[0] == 75
     assert calls.read_text() == "requeue 77\n"
 
 
@@ -430,6 +530,26 @@ def test_a_tpu_run_survives_preemptions_and_ends(last, here, bin, tmp_path):
         *("delete", "create", "install", "train"),  # stopped early
         *("install", "train"),
     ]
+
+
+def test_a_tpu_encodes_until_the_store_is_there(store, bin, tmp_path):
+    # Worker 0 is through with its parts before those of a worker that failed are done.
+    fake(bin, "gcloud", f"""
+        cd "{tmp_path}"
+        case "$*" in
+          *describe*) echo READY ;;
+          *launch/local.sh*) echo 0 >sotalign.status; mkdir -p sotalign_jax
+            echo encode >>calls
+            [[ $(wc -l <calls) != 2 ]] || {{ mkdir -p "$OUT"; : >"$OUT/manifest.json"; }} ;;
+          *"cat sotalign.status"*) for word; do
+            case $word in --command=*) bash -c "${{word#--command=}}" ;; esac; done ;;
+        esac""")  # fmt: skip
+    for name in ("sleep", "tar"):
+        fake(bin, name, "")
+    (bin / "wc").symlink_to(shutil.which("wc") or "")
+    status, _, errors = call("tpu_vm.sh", store | {"TPU": "mine", "ZONE": "z"}, path=bin)
+    assert (status, errors) == (0, "")
+    assert (tmp_path / "calls").read_text().split() == ["encode"] * 2
 
 
 def test_a_tpu_that_is_not_there_and_cannot_be_made(here, bin, tmp_path):

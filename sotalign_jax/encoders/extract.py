@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -141,13 +142,15 @@ def extract(
         count = default_workers(source.modality) if workers is None else workers
         run = _Run(home, source, encoder, dtype, batch_size, progress)
         workers_of = functools.partial(Workers, encoder.preprocess, source.modality)
-        with _sigterm_raises(), workers_of(count, background=background) as pool:
+        pools = workers_of(count, background=background)
+        with _sigterm_raises(), _full_disk_said(target), pools as pool:
             if not home.exists and not _is_done(home, target, settings):
                 _check_names_are_free(target, source.modality)
-            home.open(settings)
+            settings = home.open(settings)
             # Another process may have put the store together since this one looked for it.
             if not _is_done(home, target, settings):
                 run.encode(pool, first, last)
+                home.look_again()
         parts = range(len(source.parts))
         left = [n for n in parts if not home.done(n)]
         counts = _counts(home, parts)
@@ -155,7 +158,7 @@ def extract(
             rows, dim = sum(c["rows"] for c in counts), max((c["dim"] for c in counts), default=0)
             seconds = time.monotonic() - started
             return Summary(target, False, len(left), rows, dim, {}, seconds)
-        with _assembling(home) as mine:
+        with _sigterm_raises(), _full_disk_said(target), _assembling(home) as mine:
             if mine:
                 assemble(home, target, source.parts, settings, encoder.description, licence=licence)
     if not (target / MANIFEST).is_file():  # another process is at it
@@ -214,6 +217,10 @@ def check_request(
         _check_names_are_free(target, source.modality)
     if target.exists():
         _check_is_store(target)
+    else:
+        there = next(folder for folder in target.absolute().parents if folder.exists())
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise ValueError(f"out: {out} cannot be made, nothing can be written in {there}")
     return first, last
 
 
@@ -278,6 +285,18 @@ def _assembling(home: WorkingDirectory) -> Iterator[bool]:
         except FileNotFoundError:
             mine = False
         yield mine and home.exists
+
+
+@contextlib.contextmanager
+def _full_disk_said(target: Path) -> Iterator[None]:
+    """Inside, a full disk says whose it is, and that nothing is lost; Linux names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        why = f"{error.strerror}; once there is room for it, the same command goes on"
+        raise OSError(error.errno, why, str(error.filename or target)) from error
 
 
 class _Begun(NamedTuple):
@@ -398,6 +417,8 @@ class _Run:
                 free = stack.enter_context(lock(self._home.lock(part)))
             except FileNotFoundError:  # all is done, and the directory gone
                 return False
+            if free:
+                self._home.look_again()
             if not free or self._home.done(part) or not self._home.exists:
                 return False
             self._locks[part] = stack.pop_all()

@@ -31,6 +31,10 @@ from sotalign_jax.files import flush_files, replace_text
 
 __all__ = ["PartWriter", "WorkingDirectory", "read_lines"]
 
+# Settings that were not recorded at first. Of an encoding that was begun without one nobody knows
+# what it was, and it goes on.
+_LATER = ("encoder.settings.files",)
+
 
 class WorkingDirectory:
     """Where the parts of one encoding are collected; hidden beside its target.
@@ -46,8 +50,11 @@ class WorkingDirectory:
     def exists(self) -> bool:
         return self.path.is_dir()
 
-    def open(self, settings: Mapping[str, Any]) -> None:
+    def open(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Makes the directory, or checks that what is there is of the same settings.
+
+        Returns:
+            The settings as they are recorded there.
 
         Raises:
             ValueError: it is not; names the settings that differ.
@@ -60,13 +67,28 @@ class WorkingDirectory:
             try:
                 replace_text(made / "settings.json", to_json(settings))
                 os.rename(made, self.path)
-                return
+                return settings
             except OSError:
                 if not self.exists:
                     raise
             finally:
                 shutil.rmtree(made, ignore_errors=True)
-        compare_settings(read_json(self.path / "settings.json"), settings, str(self.path))
+        try:
+            recorded = read_json(self.path / "settings.json")
+        except FileNotFoundError:
+            if self.exists:
+                raise
+            return settings  # another process has just put the store together
+        compare_settings(recorded, settings, str(self.path))
+        return recorded
+
+    def look_again(self) -> None:
+        """Has what other hosts did be seen here: over NFS, a directory is believed to be as it was
+        for up to a minute, unless this host itself changes it."""
+        with contextlib.suppress(OSError):  # all is done and the directory gone, or it is read-only
+            made = self.path / f".look.{uuid.uuid4().hex[:8]}"
+            made.mkdir()
+            made.rmdir()
 
     def part(self, number: int) -> Path:
         """The directory of a part."""
@@ -94,8 +116,9 @@ class WorkingDirectory:
 
         Nothing if there is none.
         """
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(self.path, self._another_name())
+        if self.exists:  # else a disk that is read-only would refuse
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(self.path, self._another_name())
         for gone in self.path.parent.glob(f"{glob.escape(self.path.name)}.{'[0-9a-f]' * 8}"):
             shutil.rmtree(gone, ignore_errors=True)
 
@@ -182,12 +205,17 @@ class PartWriter:
         counts = {"rows": self._rows, "dim": self._dim, "skipped": self.skipped, "seconds": seconds}
         (self._made / "part.json").write_text(to_json(counts), encoding="utf-8")
         flush_files(self._made)
-        os.rename(self._made, self._target)
+        try:
+            os.rename(self._made, self._target)
+        except OSError:
+            # Over NFS it may have been done by another host, unseen here; it is the same.
+            if not self._target.is_dir():
+                raise
+            shutil.rmtree(self._made, ignore_errors=True)
 
     def abandon(self) -> None:
         """Deletes what was written."""
-        with contextlib.suppress(OSError):  # as on a disk that is full
-            self._close()
+        self._close_anyhow()
         shutil.rmtree(self._made, ignore_errors=True)
 
     def _close(self) -> None:
@@ -196,6 +224,12 @@ class PartWriter:
         if self._shard is not None:
             self._shard.close()
             self._shard = None
+
+    def _close_anyhow(self) -> None:
+        closes = [file.close for file in self._files]
+        for close in [*closes, self._shard.abandon] if self._shard is not None else closes:
+            with contextlib.suppress(OSError):  # as on a disk that is full
+                close()
 
 
 def compare_settings(recorded: Any, now: Mapping[str, Any], where: str) -> None:
@@ -208,7 +242,7 @@ def compare_settings(recorded: Any, now: Mapping[str, Any], where: str) -> None:
     differing = [
         f"{name} is {_shown(before, name)} there and {_shown(after, name)} now"
         for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name)
+        if before.get(name) != after.get(name) and not (name in _LATER and name not in before)
     ]
     if differing:
         raise ValueError(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch  # pyright: ignore[reportMissingImports]
 
 from sotalign_jax.encoders.base import Inputs
+from sotalign_jax.encoders.digests import digest_of_model
 from sotalign_jax.encoders.extras import need
 from sotalign_jax.encoders.families import check_pooling
 from sotalign_jax.encoders.networks import RowNetwork, keep_layers, named
@@ -128,6 +130,7 @@ def load_timm(
         settings={
             "model": name,
             "family": "timm",
+            **_files(name),
             "layer": layer,
             "final_norm": bool(final_norm) if layer is not None else None,
             "timm": timm.__version__,
@@ -139,3 +142,9 @@ def load_timm(
         },
         image_shape=tuple(int(n) for n in data["input_size"]),
     )
+
+
+def _files(name: str) -> dict[str, str]:
+    """Of a model in a directory, what is in it: it has no version."""
+    scheme, _, folder = name.partition(":")
+    return {"files": digest_of_model(Path(folder))} if scheme == "local-dir" else {}

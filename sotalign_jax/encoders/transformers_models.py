@@ -10,6 +10,7 @@ from typing import Any
 
 import torch  # pyright: ignore[reportMissingImports]
 
+from sotalign_jax.encoders.digests import digest_of_model
 from sotalign_jax.encoders.extras import need
 from sotalign_jax.encoders.families import Family, check_pooling, family_of, layout_of
 from sotalign_jax.encoders.networks import (
@@ -143,6 +144,8 @@ def load_transformers(
             f"{missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else "")
         )
     settings["revision"] = getattr(model.config, "_commit_hash", None) or revision
+    if Path(source).is_dir():  # which has no revision
+        settings["files"] = digest_of_model(Path(source))
     block, before, norm = None, False, None
     if layer is not None:
         norm = named(model, family.norm) if final_norm and family and family.norm else None

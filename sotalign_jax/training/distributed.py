@@ -45,6 +45,7 @@ __all__ = [
     "quick_end",
     "start",
     "together",
+    "use_own_host",
 ]
 
 T = TypeVar("T")
@@ -57,6 +58,8 @@ _NAMES = {
 _TIMEOUT = "SOTALIGN_START_TIMEOUT"
 _HEARTBEAT = "SOTALIGN_HEARTBEAT_TIMEOUT"
 _POD_INDEX = "JOB_COMPLETION_INDEX"
+# Which chips of a Cloud TPU a process uses; one of them is enough to have it decided.
+_TPU_BOUNDS = {"TPU_PROCESS_BOUNDS", "TPU_VISIBLE_CHIPS", "TPU_VISIBLE_DEVICES"}
 # Bytes of an error that the other processes are told.
 _MESSAGE = 2_000
 # Seconds in which processes that fail for the same reason should all have failed.
@@ -162,6 +165,35 @@ def left_to_first() -> Start | None:
             "all together; start it on one host, with JAX_PLATFORMS=cpu"
         )
     return found if found.process_index else None
+
+
+def use_own_host() -> None:
+    """On one of several hosts of a Cloud TPU: makes its own chips a TPU of one host.
+
+    Else the first use of a device waits until a process runs on each of the hosts, which work that
+    is not done together cannot expect. Call it before that. Nothing is done elsewhere, or where
+    ``TPU_PROCESS_BOUNDS``, ``TPU_VISIBLE_CHIPS`` or ``TPU_VISIBLE_DEVICES`` say what to use.
+    """
+    if os.environ.get(_NAMES["num_processes"]) == "1" or _TPU_BOUNDS & os.environ.keys():
+        return
+    try:
+        cluster = _tpu_cluster()
+        if cluster is None or cluster.get_process_count() == 1:
+            return
+    except OSError:  # no metadata, and so no Cloud TPU of several hosts
+        return
+    # Of several slices, or of the neighbours that GKE names: there are none.
+    for name in list(os.environ):
+        if name.startswith("MEGASCALE_") or name == "TPU_PROCESS_ADDRESSES":
+            del os.environ[name]
+    os.environ |= {
+        "TPU_PROCESS_BOUNDS": "1,1,1",
+        "TPU_HOST_BOUNDS": "1,1,1",
+        # A host of a slice of several has four chips; on GKE it is said.
+        "TPU_CHIPS_PER_PROCESS_BOUNDS": os.environ.get("TPU_CHIPS_PER_HOST_BOUNDS", "2,2,1"),
+        "TPU_WORKER_ID": "0",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+    }
 
 
 def _from_settings(

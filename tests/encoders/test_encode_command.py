@@ -152,6 +152,20 @@ def test_named_encoders_get_options_and_texts_in_groups(here, tmp_path, monkeypa
     assert settings["batch_size"] == 8 * 16
 
 
+def test_a_host_of_a_tpu_is_by_itself_before_an_encoder_is_read(here, tmp_path, monkeypatch):
+    calls = []
+
+    def load(*_):
+        calls.append("load")
+        return encoder("text"), 1
+
+    monkeypatch.setattr(encode_commands, "use_own_host", lambda: calls.append("own host"))
+    monkeypatch.setattr(encode_commands, "load", load)
+    (tmp_path / "t.txt").write_text("one\n")
+    words = ["--texts=t.txt", "--encoder=some/model", "--out=o", "--workers=0"]
+    assert here("encode", *words)[0] == 0 and calls == ["own host", "load"]
+
+
 def test_it_ends_as_interrupted(here, tmp_path, monkeypatch):
     (tmp_path / "my_encoder.py").write_text(blocks("python")[0])
     (tmp_path / "t.txt").write_text("one\n")

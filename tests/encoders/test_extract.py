@@ -1,6 +1,7 @@
 """Encoding into a store: what is written, what is left out, and the same after any interruption."""
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -20,7 +21,7 @@ from PIL import Image
 from tiny_encoder import encoder, png
 
 import sotalign_jax
-from sotalign_jax.encoders import callables, extract, workers
+from sotalign_jax.encoders import assemble, callables, extract, parts, workers
 from sotalign_jax.encoders.parts import WorkingDirectory
 from sotalign_jax.encoders.sources import open_source
 from sotalign_jax.features import open_store, pair, read_captions
@@ -182,7 +183,7 @@ def test_captions_stay_beside_their_rows(tmp_path):
 
 
 def test_parts_of_which_nothing_is_left(tmp_path):
-    lines = [*["x"] * 3, *[""] * 6, *["y"] * 3, '"\ud83d"']
+    lines = [*["x"] * 3, *["", " ", "\t\n"] * 2, *["y"] * 3, '"\ud83d"']
     rows = [{"id": "0", "caption": text} for text in lines]
     rows[-1]["caption"] = "\ud83d"
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -423,6 +424,122 @@ def test_a_part_that_another_process_has_just_finished_is_left_as_it_is(tmp_path
     assert calls == ["another", 3, 3, 1]  # of part 1 alone
 
 
+def test_a_part_that_another_host_has_finished_unseen(tmp_path, monkeypatch):
+    """As over NFS, where a directory is believed to be as it was."""
+    folder, home = image_folder(tmp_path, 20), WorkingDirectory(tmp_path / "b")
+    run(folder, "image", tmp_path / "a")
+    run(folder, "image", tmp_path / "b", shards=(0, 1))
+    done, calls = WorkingDirectory.done, []
+    hidden = {0}
+
+    def stale(self, number):
+        return number not in hidden and done(self, number)
+
+    def hides(items):
+        calls.append(len(items))
+        hidden.add(0)
+        return tiny_encoder.image(items)
+
+    monkeypatch.setattr(WorkingDirectory, "done", stale)
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkingDirectory, "look_again", lambda self: hidden.clear())
+        assert run(folder, "image", tmp_path / "b", shards=(0, 2), function=hides).parts_left == 1
+        assert calls == [3, 3, 1]  # of part 1 alone
+        hidden.add(0)
+        patch.setattr(WorkingDirectory, "look_again", lambda self: None)  # and if that is no help
+        run(folder, "image", tmp_path / "b", shards=(0, 1), function=hides)
+        assert calls == [3, 3, 1] * 2 and not list(home.path.glob(".*"))
+        hidden.clear()
+        patch.setattr(WorkingDirectory, "look_again", lambda self: hidden.clear())
+        assert run(folder, "image", tmp_path / "b", shards=(2, 3), function=hides).complete
+    assert everything(tmp_path / "a") == everything(tmp_path / "b")
+
+
+def test_looking_again_changes_the_directory_for_a_moment(tmp_path):
+    home = WorkingDirectory(tmp_path / "o")
+    home.look_again()  # none there: nothing
+    home.open({})
+    os.utime(home.path, (0, 0))
+    home.look_again()
+    assert home.path.stat().st_mtime > 0
+    assert [path.name for path in home.path.iterdir()] == ["settings.json"]
+
+
+def test_a_store_that_is_put_together_while_another_process_begins(tmp_path, monkeypatch):
+    folder, calls = image_folder(tmp_path, 10), []
+    run(folder, "image", tmp_path / "b", shards=(0, 1))
+    read_json = parts.read_json
+
+    def late(path):
+        if path.name == "settings.json" and not calls:
+            calls.append("another")
+            run(folder, "image", tmp_path / "b")
+        return read_json(path)
+
+    monkeypatch.setattr(parts, "read_json", late)
+    summary = run(folder, "image", tmp_path / "b", function=fails_later_never(calls))
+    assert summary.complete and calls == ["another"]
+
+
+def test_a_store_that_another_process_puts_together_just_before(tmp_path, monkeypatch):
+    folder, calls = image_folder(tmp_path, 10), []
+
+    @contextlib.contextmanager
+    def late(path):
+        if path.name == "assemble.lock" and not calls:
+            calls.append("another")
+            assert run(folder, "image", tmp_path / "b").complete
+            yield True  # of the file as it was opened before
+            return
+        with lock(path) as free:
+            yield free
+
+    monkeypatch.setattr(extract, "lock", late)
+    assert run(folder, "image", tmp_path / "b").complete
+    assert calls == ["another"] and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("at", ["features.npy", "ids.jsonl", "assembling"])
+def test_a_full_disk_is_said_and_the_same_call_goes_on(tmp_path, monkeypatch, at):
+    folder = image_folder(tmp_path, 20)
+    run(folder, "image", tmp_path / "a")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    place = {
+        "features.npy": (parts.ShardWriter, "write"),
+        "ids.jsonl": (parts, "flush_files"),
+        "assembling": (assemble.shutil, "rmtree"),
+    }[at]
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left") as caught:
+        patch.setattr(*place, full)
+        run(folder, "image", tmp_path / "b")
+    assert str(caught.value) == (
+        "[Errno 28] No space left on device; once there is room for it, the same command goes on: "
+        f"'{tmp_path / 'b'}'"
+    )
+    assert run(folder, "image", tmp_path / "b").complete
+    assert everything(tmp_path / "a") == everything(tmp_path / "b")
+
+
+def test_a_directory_that_is_read_only(tmp_path, monkeypatch):
+    folder = image_folder(tmp_path, 10)
+    run(folder, "image", tmp_path / "done")
+    run(folder, "image", tmp_path / "begun", shards=(0, 1))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+
+    def refuse(*_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    for change in ("rename", "mkdir", "link"):
+        monkeypatch.setattr(os, change, refuse)
+    assert run(folder, "image", tmp_path / "done").complete
+    for out in (tmp_path / "begun", tmp_path / "new/one"):
+        with pytest.raises(ValueError, match=r"out: .* cannot be made, nothing can be written in"):
+            run(folder, "image", out)
+
+
 def test_a_disk_without_links(tmp_path, monkeypatch):
     folder = image_folder(tmp_path, 20)
     run(folder, "image", tmp_path / "a")
@@ -493,6 +610,41 @@ def test_other_settings_are_refused_by_name(tmp_path, done):
         run(folder, "image", tmp_path / "o")
 
 
+def with_files(digest):
+    """An encoder whose model lies in a directory."""
+    settings = {} if digest is None else {"files": digest}
+    return callables.CallableEncoder(tiny_encoder.image, "image", "tiny", settings)
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_a_model_whose_files_changed_is_refused(tmp_path, done):
+    source = open_source(image_folder(tmp_path, 10), "image", rows_per_shard=7)
+
+    def encode(out, digest, **options):
+        return extract_to(source, with_files(digest), tmp_path / out, workers=0, **options)
+
+    begin = {} if done else {"shards": (0, 1)}
+    encode("o", "old", **begin)
+    with pytest.raises(ValueError, match=r"encoder\.settings\.files is 'old' there and 'new' now"):
+        encode("o", "new")
+    assert encode("o", "old").complete
+    # Begun before there were digests: it goes on, and says nothing that it does not know.
+    encode("p", None, **begin)
+    assert encode("p", "new").complete
+    settings = json.loads((tmp_path / "p.encode.json").read_text())["settings"]
+    assert settings["encoder"]["settings"] == {}
+
+
+def test_settings_that_only_one_side_has_differ():
+    parts.compare_settings({"a": {"b": 1}}, {"a": {"b": 1}}, "there")
+    for recorded, now, message in (
+        ({"a": {"b": 1}}, {"a": {}}, r"there holds another encoding \(a\.b is 1 there and absent"),
+        ({"a": 1}, {"a": 1, "b": 2}, "b is absent there and 2 now"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parts.compare_settings(recorded, now, "there")
+
+
 def test_arguments_that_are_refused(tmp_path):
     folder = image_folder(tmp_path, 3)
     source, made = open_source(folder, "image"), encoder("image")
@@ -556,9 +708,36 @@ def finish(process, status=0):
     return errors
 
 
-@pytest.mark.parametrize("modality", ["image", pytest.param("text", marks=pytest.mark.slow)])
-def test_killed_at_random_moments(tmp_path, start, modality):
-    make = image_folder if modality == "image" else caption_table
+def archives(root, count):
+    (root / "archives").mkdir()
+    for part in range(3):
+        with tarfile.open(root / f"archives/{part}.tar", "w") as archive:
+            for n in range(7 * part, min(7 * part + 7, count)):
+                for suffix, data in (("png", png(n)[: 40 if n == 9 else None]), ("txt", b"")):
+                    info = tarfile.TarInfo(f"{n % 15:03d}.{suffix}")
+                    info.size = len(data)
+                    archive.addfile(info, io.BytesIO(data))
+    broken = root / "archives/2.tar"
+    broken.write_bytes(broken.read_bytes()[:5000])
+    return root / "archives"
+
+
+def csv_table(root, count):
+    rows = "".join(f'{n},"caption ""{n}"",\nnext"\n' for n in range(count))
+    (root / "captions.csv").write_text(f"id,caption\n{rows}20,a,b\n")
+    return root / "captions.csv"
+
+
+@pytest.mark.parametrize(
+    ("modality", "make"),
+    [
+        ("image", image_folder),
+        pytest.param("text", caption_table, marks=pytest.mark.slow),
+        pytest.param("text", csv_table, marks=pytest.mark.slow),
+        pytest.param("image", archives, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_at_random_moments(tmp_path, start, modality, make):
     path, through, cut = make(tmp_path, 20), tmp_path / "through", tmp_path / "cut"
     run(path, modality, through)
     home, killed = WorkingDirectory(cut), []
@@ -585,8 +764,6 @@ def finish_anyhow(process):
 )
 def test_killed_while_the_store_is_put_together(tmp_path, monkeypatch, moment):
     """A failure where a kill would fall."""
-    from sotalign_jax.encoders import assemble, parts
-
     folder = image_folder(tmp_path, 20)
     run(folder, "image", tmp_path / "a")
 
@@ -613,6 +790,28 @@ def test_killed_while_the_store_is_put_together(tmp_path, monkeypatch, moment):
     assert run(folder, "image", tmp_path / "b").complete
     assert everything(tmp_path / "a") == everything(tmp_path / "b")
     assert not list(tmp_path.glob(".*"))
+
+
+def test_sigterm_while_the_store_is_put_together(tmp_path, monkeypatch):
+    folder = image_folder(tmp_path, 20)
+    run(folder, "image", tmp_path / "a")
+    with monkeypatch.context() as patch, pytest.raises(extract.Interrupted):
+        patch.setattr(assemble, "_place", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        run(folder, "image", tmp_path / "b")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert run(folder, "image", tmp_path / "b").complete
+    assert everything(tmp_path / "a") == everything(tmp_path / "b")
+
+
+def test_what_a_kill_left_of_a_part_is_removed_when_it_is_done_again(tmp_path):
+    folder, home = image_folder(tmp_path, 20), WorkingDirectory(tmp_path / "b")
+    run(folder, "image", tmp_path / "b", shards=(0, 1))
+    left = [home.path / f".part-0000{part}.0123abcd" for part in (1, 2)]
+    for directory in left:
+        directory.mkdir()
+        (directory / "features.npy").write_bytes(b"half of it")
+    run(folder, "image", tmp_path / "b", shards=(1, 2))
+    assert [directory.exists() for directory in left] == [False, True]  # the other may be at work
 
 
 @pytest.mark.parametrize("ranges", [((0, 3), (0, 3)), ((0, 2), (2, 3))])

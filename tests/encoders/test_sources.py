@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import tarfile
+import types
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from rich.console import Console
 from tiny_encoder import png
 
 from sotalign_jax.data_commands import labels
-from sotalign_jax.encoders.sources import Columns, kind_of, open_source
+from sotalign_jax.encoders.sources import Columns, kind_of, open_source, tfds
 from sotalign_jax.encoders.sources.webdataset import expand
 from sotalign_jax.features import MissingFileError
 
@@ -417,6 +418,14 @@ def test_a_cut_archive_keeps_what_came_before_the_cut(tmp_path, cut):
         assert reason.startswith("broken archive: ")
 
 
+def test_a_sample_that_is_cut_before_its_image_is_no_sample_without_one(tmp_path):
+    write_tar(tmp_path / "t.tar", [("0.jpg", "a"), ("1.cls", "b"), ("1.jpg", "c" * 2000)])
+    data = (tmp_path / "t.tar").read_bytes()
+    (tmp_path / "t.tar").write_bytes(data[:3000])  # in the data of the third member
+    (first, (name, reason)) = images(tmp_path / "t.tar")
+    assert first == ("0", b"a") and name == "after 1" and reason.startswith("broken archive: ")
+
+
 def test_archives_with_rubbish(tmp_path):
     write_tar(tmp_path / "t.tar", [(f"{n}.jpg", bytes([n]) * 300) for n in range(3)])
     data = bytearray((tmp_path / "t.tar").read_bytes())
@@ -431,6 +440,10 @@ def test_archives_with_rubbish(tmp_path):
     data = (tmp_path / "z.tar.gz").read_bytes()
     (tmp_path / "z.tar.gz").write_bytes(data[: len(data) // 2])
     assert images(tmp_path / "z.tar.gz")[-1][1].startswith("broken archive: ")
+    # Cut in a field of the header that has its length in front.
+    (tmp_path / "h.tar.gz").write_bytes(b"\x1f\x8b\x08\x04" + bytes(6))
+    reason = "broken archive: the header of gzip breaks off"
+    assert images(tmp_path / "h.tar.gz") == [("after the start", reason)]
 
 
 # tensorflow-datasets
@@ -439,23 +452,23 @@ def test_archives_with_rubbish(tmp_path):
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """A data set of five images and captions, prepared as ArrayRecord."""
-    tfds = pytest.importorskip("tensorflow_datasets")
+    library = pytest.importorskip("tensorflow_datasets")
     pytest.importorskip("array_record")
 
-    class Tiny(tfds.core.GeneratorBasedBuilder):
-        VERSION = tfds.core.Version("1.0.0")
+    class Tiny(library.core.GeneratorBasedBuilder):
+        VERSION = library.core.Version("1.0.0")
         pkg_dir_path = Path(__file__).parent
 
         def _info(self):
-            features = tfds.features.FeaturesDict(
+            features = library.features.FeaturesDict(
                 {
-                    "image": tfds.features.Image(shape=(None, None, 3)),
-                    "caption": tfds.features.Text(),
-                    "captions": tfds.features.Sequence({"text": tfds.features.Text()}),
-                    "n": tfds.features.Scalar(np.int64),
+                    "image": library.features.Image(shape=(None, None, 3)),
+                    "caption": library.features.Text(),
+                    "captions": library.features.Sequence({"text": library.features.Text()}),
+                    "n": library.features.Scalar(np.int64),
                 }
             )
-            return tfds.core.DatasetInfo(builder=self, features=features)
+            return library.core.DatasetInfo(builder=self, features=features)
 
         def _split_generators(self, dl_manager):
             return {"train": self._generate_examples(5), "test": self._generate_examples(1)}
@@ -554,6 +567,27 @@ def test_data_sets_that_are_not_array_records(prepared, tmp_path):
         texts(copy, split="test")
 
 
+def test_a_data_set_of_tfds_is_the_same_in_every_process(prepared, monkeypatch):
+    found = []
+    build = tfds._builder
+    for order in (sorted, lambda names: sorted(names, reverse=True)):
+
+        def ordered(*given, order=order):
+            builder, named = build(*given)
+            features = {name: builder.info.features[name] for name in order(builder.info.features)}
+            info = types.SimpleNamespace(
+                features=features, splits=builder.info.splits, full_name=builder.info.full_name
+            )
+            return types.SimpleNamespace(
+                info=info, as_data_source=builder.as_data_source, data_dir=builder.data_dir
+            ), named
+
+        monkeypatch.setattr(tfds, "_builder", ordered)
+        source = open_source(prepared, "text", split="train")
+        found.append((source.settings(), items(source)))
+    assert found[0] == found[1]
+
+
 def test_data_sets_that_tfds_does_not_have(tmp_path):
     pytest.importorskip("tensorflow_datasets")
     with pytest.raises(ValueError, match="must be tfds:NAME"):
@@ -605,6 +639,43 @@ def test_what_has_nothing_of_the_modality(tmp_path):
         open_source(tmp_path, "audio")
 
 
+@pytest.mark.parametrize("rows_per_shard", [1, 2, 9])
+def test_csv_rows_end_with_any_line_end(tmp_path, rows_per_shard):
+    expected = [("0", "a\rb"), ("1", "c"), ("2", "d"), ("3", "e")]
+    for end in ("\n", "\r\n", "\r"):
+        rows = ["id,caption", '0,"a\rb"', "1,c", "2,d", "3,e"]
+        for last in (end, ""):
+            (tmp_path / "t.csv").write_bytes((end.join(rows) + last).encode())
+            found = texts(tmp_path / "t.csv", rows_per_shard=rows_per_shard)
+            assert found == expected, (end, last)
+    (tmp_path / "t.csv").write_bytes(b"id,caption\r\n0,a\rb\r\n1,c\r\n")
+    wrong = ("row 1", "wrong row: 1 fields, the header has 2")
+    assert texts(tmp_path / "t.csv") == [("0", "a"), wrong, ("1", "c")]
+
+
+@pytest.mark.parametrize("name", ["t.txt", "t.jsonl"])
+def test_a_file_of_one_line_by_its_line_ends_is_refused(tmp_path, name):
+    (tmp_path / name).write_bytes(b'{"caption": "a"}\r{"caption": "b"}\r')
+    with pytest.raises(ValueError, match=r"lines end with a carriage return alone \(\\r, as"):
+        texts(tmp_path / name)
+    (tmp_path / name).write_bytes(b'{"caption": "a"}\r')
+    assert texts(tmp_path / name) in ([("0", "a")], [("0", '{"caption": "a"}')])
+
+
+def test_paths_of_windows_are_found_or_explained(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for name in ("photos/a.png", "b\\c.png"):
+        (tmp_path / name).write_bytes(png(0))
+    names = ["photos\\a.png", "b\\c.png", "C:\\photos\\a.png"]
+    (tmp_path / "t.csv").write_text("image\n" + "".join(f"{name}\n" for name in names))
+    hint = "as it is written and with / for each backslash"
+    assert images(tmp_path / "t.csv") == [
+        ("photos/a", tmp_path / "photos/a.png"),
+        ("b/c", tmp_path / names[1]),  # a file may be called so
+        ("C:/photos/a", f"not readable: No such file or directory, {hint}"),
+    ]
+
+
 def test_a_source_that_changed_has_other_settings(tmp_path):
     def settings():
         return open_source(tmp_path / "t.csv", "text").settings()
@@ -614,6 +685,14 @@ def test_a_source_that_changed_has_other_settings(tmp_path):
     assert settings() == before and json.loads(json.dumps(before)) == before
     (tmp_path / "t.csv").write_text("caption\na\nb\n")
     assert settings() != before
+
+
+def test_archives_that_changed_have_other_settings(tmp_path):
+    found = []
+    for names in ("0", "01"):
+        write_tar(tmp_path / "t.tar", [(f"{n}.txt", "a" * 9999) for n in names])
+        found.append(open_source(tmp_path / "t.tar", "text").settings())
+    assert found[0] != found[1]
 
 
 def test_parquet_that_changed_has_other_settings(tmp_path):

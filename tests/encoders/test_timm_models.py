@@ -13,6 +13,7 @@ timm = pytest.importorskip("timm", exc_type=ImportError)  # it needs torchvision
 import tiny_models  # noqa: E402
 from tiny_models import each_backend  # noqa: E402
 
+from sotalign_jax.encoders.digests import digest_of_model  # noqa: E402
 from sotalign_jax.encoders.towers import load_encoder  # noqa: E402
 
 VIT = {"img_size": 28, "patch_size": 7, "embed_dim": 16, "depth": 3, "num_heads": 2}
@@ -75,6 +76,7 @@ def test_rows(saved, name, backend):
     assert_close(encode(encoder, items), own)
     said = encoder.description
     assert said.settings["timm"] == timm.__version__ and said.settings["image_size"] == [28, 28]
+    assert said.settings["files"] == digest_of_model(folder)
     assert json.loads(json.dumps(said.settings)) == said.settings
     encoder = load(folder, backend=backend, pooling="mean")
     assert_close(encode(encoder, items), features[:, prefix:].double().mean(1))

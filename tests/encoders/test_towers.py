@@ -26,6 +26,7 @@ from tiny_models import BACKENDS, TEXTS, each_backend, each_backend_if_slow  # n
 
 import sotalign_jax  # noqa: E402
 from sotalign_jax.encoders import backends  # noqa: E402
+from sotalign_jax.encoders.digests import digest_of_model  # noqa: E402
 from sotalign_jax.encoders.towers import buckets, load_encoder  # noqa: E402
 
 with_torchax = pytest.mark.skipif(BACKENDS == ["torch"], reason="torchax is not installed")
@@ -501,6 +502,7 @@ def test_sentence_transformers_files(saved, tmp_path, pooling):
     said = encoder.description
     assert (said.pooling, said.normalized) == ("cls", True)
     assert (said.settings["prompt"], said.settings["max_length"]) == ("Q: ", 11)
+    assert said.settings["files"] == digest_of_model(folder)
     wanted = hidden_of_texts(saved("bert"), "bert", ["q: a cat"])[0][0].last_hidden_state[:, 0]
     assert_close(encode(encoder, ["A CAT"]), torch.nn.functional.normalize(wanted))
     # What is given overrides what the files say.

@@ -191,10 +191,11 @@ def test_tpu_hosts_asked_to_compute_on_cpu_are_alone(initialized, on_tpu, monkey
     assert start() == Start("single", 0, 1)
 
 
-def test_a_tpu_without_metadata_says_how_to_go_on(initialized, on_tpu, monkeypatch):
-    def unreachable(key):
-        raise OSError("no route to host")
+def unreachable(key):
+    raise OSError("no route to host")
 
+
+def test_a_tpu_without_metadata_says_how_to_go_on(initialized, on_tpu, monkeypatch):
     monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", unreachable)
     with pytest.raises(ConnectionError, match=r"no route to host.*SOTALIGN_NUM_PROCESSES=1"):
         start()
@@ -525,6 +526,37 @@ def test_hosts_of_a_tpu_do_nothing_alone(initialized, on_tpu, monkeypatch):
         distributed.left_to_first()
     jax.config.update("jax_platforms", "cpu")
     assert distributed.left_to_first() is None
+
+
+def test_a_host_of_a_tpu_by_itself(initialized, on_tpu, monkeypatch):
+    own = {"TPU_PROCESS_BOUNDS": "1,1,1", "TPU_HOST_BOUNDS": "1,1,1", "TPU_WORKER_ID": "0"}
+    own |= {"TPU_WORKER_HOSTNAMES": "localhost"}
+    gke = GKE_TPU | {"TPU_HOST_BOUNDS": "4,2,1", "TPU_PROCESS_ADDRESSES": "a:8471,b:8471"}
+    others = ("TPU_CHIPS_PER_PROCESS_BOUNDS", "TPU_CHIPS_PER_HOST_BOUNDS", *own, *gke)
+
+    def after(environment):
+        with monkeypatch.context() as patch:
+            for name in others:
+                patch.delenv(name, raising=False)
+            patch.setattr(os, "environ", environ := dict(environment))
+            distributed.use_own_host()
+        return environ
+
+    assert after(gke) == own | {"TPU_CHIPS_PER_PROCESS_BOUNDS": "2,2,1"}
+    chips = {"TPU_CHIPS_PER_HOST_BOUNDS": "2,4,1"}
+    assert after(gke | chips) == own | chips | {"TPU_CHIPS_PER_PROCESS_BOUNDS": "2,4,1"}
+    for kept in (
+        gke | {"TPU_VISIBLE_CHIPS": "0"},
+        gke | {"TPU_PROCESS_BOUNDS": "2,2,1"},
+        gke | {"SOTALIGN_NUM_PROCESSES": "1"},
+        {"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "1", "MEGASCALE_SLICE_ID": "0"},
+    ):
+        assert after(kept) == kept
+    monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", unreachable)
+    assert after({"A": "b"}) == {"A": "b"}
+    jax.config.update("jax_platforms", "cpu")
+    assert after(gke) == gke
+    assert initialized == []
 
 
 def test_half_given_settings_on_the_command_line(tmp_path, monkeypatch, initialized):

@@ -262,4 +262,11 @@ def image_record(name: str, value: Any, folder: Path) -> Record:
         return Record(name, None, f"no image: {type(value).__name__} is neither bytes nor a path")
     if "://" in value:
         return Record(name, None, "no image: a URL; download it and give its path")
-    return Record(name, folder / value)
+    path = folder / value
+    if "\\" in value and os.sep == "/" and not path.exists():
+        # Of a table that was made on Windows; the id has slashes anyhow.
+        path = folder / value.replace("\\", "/")
+        if not path.exists():
+            hint = "as it is written and with / for each backslash"
+            return Record(name, None, f"not readable: No such file or directory, {hint}")
+    return Record(name, path)

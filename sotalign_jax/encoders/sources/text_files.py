@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,6 +14,10 @@ from sotalign_jax.encoders.sources.base import Columns
 from sotalign_jax.encoders.sources.rows import RowSource
 
 __all__ = ["TextFileSource"]
+
+_ENDED = re.compile(rb"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
+# Bytes of a file that are looked at for its line ends.
+_LOOKED_AT = 2**20
 
 # Of an open file the rows from where it stands, and after each how many bytes were read.
 Reader = Callable[[BinaryIO], Iterator[tuple[Mapping[str, Any] | str, int]]]
@@ -100,6 +105,14 @@ def _open(path: Path, kind: str, quoted: bool) -> tuple[tuple[str, ...], int, Re
     with open(path, "rb") as file:
         mark = 3 if file.read(3) == b"\xef\xbb\xbf" else 0
         file.seek(mark)
+        if kind in ("lines", "jsonl"):
+            start = file.read(_LOOKED_AT)
+            file.seek(mark)
+            if b"\r" in start.rstrip(b"\r") and b"\n" not in start:
+                raise ValueError(
+                    f"{path}: its lines end with a carriage return alone (\\r, as of old Macs); "
+                    "make it \\n"
+                )
         if kind == "lines":
             return ("caption",), mark, _lines
         if kind == "jsonl":
@@ -130,14 +143,16 @@ def _fields(
 
     def lines() -> Iterator[str]:
         nonlocal end, wrong
-        for line in file:
-            end += len(line)
-            try:
-                text = line.decode("utf-8")
-            except UnicodeDecodeError:
-                wrong = True
-                text = line.decode("utf-8", errors="replace")
-            yield text
+        for whole in file:
+            # A bare \r ends a row too, unless it is quoted: then the reader asks for more.
+            for line in _ENDED.findall(whole) if b"\r" in whole else (whole,):
+                end += len(line)
+                try:
+                    text = line.decode("utf-8")
+                except UnicodeDecodeError:
+                    wrong = True
+                    text = line.decode("utf-8", errors="replace")
+                yield text
 
     reader = csv.reader(
         lines(),

@@ -43,7 +43,8 @@ class TfdsSource(RowSource):
         if split is not None and named is not None and split != named:
             raise ValueError(f"split: {split!r}, but {path} names {named!r}")
         split = choose_split(path, list(builder.info.splits), split or named)
-        names = dict(builder.info.features)
+        # In an order of their own: that of a record varies from process to process.
+        names = dict(sorted(builder.info.features.items()))
         # Files of images as they are: they are decoded where those of other sources are.
         skip = {
             name: tfds.decode.SkipDecoding()

@@ -153,12 +153,18 @@ class _Reading:
 
     def _members(self) -> Iterator[tuple[str, str, bytes | None]]:
         try:
-            with _Archive.open(self._path, "r|*") as archive:
+            with self._opened() as archive:
                 yield from self._files_of(archive)
                 if not isinstance(archive.ended_by, EOFHeaderError):
                     self.problem = "broken archive: it ends without the mark of its end"
         except (tarfile.TarError, EOFError) as error:
             self.problem = f"broken archive: {error}"
+
+    def _opened(self) -> _Archive:
+        try:
+            return _Archive.open(self._path, "r|*")
+        except TypeError as error:  # as `tarfile` says that there are no more bytes
+            raise tarfile.ReadError("the header of gzip breaks off") from error
 
     def _files_of(self, archive: tarfile.TarFile) -> Iterator[tuple[str, str, bytes | None]]:
         for member in archive:
