@@ -267,9 +267,9 @@ def tell(name: str, what: str, message: str, status: int) -> int:
     return status
 
 
-def needed(name: str) -> str:
+def needed(name: str) -> Any:
     """The value of a flag that a command cannot do without."""
-    value = flags.FLAGS[name].value
+    value = getattr(flags.FLAGS, name)
     if value is None:
         raise ValueError(f"--{name}: this command needs it")
     return value

@@ -6,32 +6,27 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from sotalign_jax import commands, data_commands, encode_commands, interop_commands, sweep_commands
+from sotalign_jax.commands import needed
 from sotalign_jax.config import explain
 from sotalign_jax.training.distributed import Preempted, left_to_first, quick_end
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, as FILE.py or FILE.py:arg.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; given again, it goes on.")
+flags.DEFINE_string("workdir", None, "Directory of the run; given again, it goes on.")
 _IMAGE = flags.DEFINE_string("image", None, "Image features: any format that `inspect` opens.")
 _TEXT = flags.DEFINE_string("text", None, "Text features.")
 _OUT = flags.DEFINE_string("out", None, "Where to write.")
 
 COMMANDS = {
-    "train": lambda: commands.train(_needed(_CONFIG), _needed(_WORKDIR)),
-    "compare": lambda: commands.compare(_needed(_CONFIG), _needed(_WORKDIR)),
-    "evaluate": lambda: data_commands.evaluate(_needed(_WORKDIR)),
-    "embed": lambda: commands.embed(_needed(_WORKDIR), _IMAGE.value, _TEXT.value, _OUT.value),
-    "diagnose": lambda: commands.diagnose(_needed(_CONFIG), _OUT.value),
-    "fit-teacher": lambda: commands.fit_teacher(_needed(_CONFIG), _needed(_OUT)),
+    "train": lambda: commands.train(needed("config"), needed("workdir")),
+    "compare": lambda: commands.compare(needed("config"), needed("workdir")),
+    "evaluate": lambda: data_commands.evaluate(needed("workdir")),
+    "embed": lambda: commands.embed(needed("workdir"), _IMAGE.value, _TEXT.value, _OUT.value),
+    "diagnose": lambda: commands.diagnose(needed("config"), _OUT.value),
+    "fit-teacher": lambda: commands.fit_teacher(needed("config"), needed("out")),
 }
 WORDS = {"inspect": commands.inspect, "report": lambda words: commands.report(words, _OUT.value)}
 WORDS |= data_commands.WORDS | encode_commands.WORDS
 WORDS |= interop_commands.WORDS | sweep_commands.WORDS
-
-
-def _needed(flag):
-    if flag.value is None:
-        raise ValueError(f"--{flag.name}: this command needs it")
-    return flag.value
 
 
 def _main(argv: list[str]) -> int:

@@ -3,11 +3,13 @@ warning."""
 
 import functools
 import gc
+import sys
 from pathlib import Path
 
 import jax
 import optax
 import pytest
+from absl import flags
 from ott.geometry import epsilon_scheduler
 
 jax.config.update("jax_platforms", "cpu")
@@ -31,6 +33,40 @@ def let_mix_dtypes(owner, name):
 # Both raise a float to the power of an integer count: Adam's, and the iteration of Sinkhorn.
 let_mix_dtypes(optax.tree, "bias_correction")
 let_mix_dtypes(epsilon_scheduler.Epsilon, "__call__")
+
+
+@pytest.fixture
+def here(capsys, monkeypatch):
+    """A command of `sotalign` in this process: (exit status, standard output, standard error)."""
+    from sotalign_jax import main
+
+    def run(entry, flags_parser):
+        sys.exit(entry(flags_parser(sys.argv)))
+
+    monkeypatch.setattr(main.app, "run", run)
+
+    def call(*arguments):
+        _forget_flags()
+        monkeypatch.setattr(sys, "argv", ["sotalign", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main.run()
+        out, err = capsys.readouterr()
+        return caught.value.code, out, err
+
+    yield call
+    _forget_flags()
+
+
+def _forget_flags():
+    """All flags of this package, and those that a config file has made, as in a new process."""
+    flags.FLAGS.unparse_flags()
+    for module, found in flags.FLAGS.flags_by_module_dict().items():
+        for flag in found if module.startswith("sotalign_jax") else ():
+            if not flag.name.startswith("config."):
+                flag.unparse()
+    flags.FLAGS["verbosity"].unparse()
+    for name in [one for one in flags.FLAGS if one.startswith("config.")]:
+        delattr(flags.FLAGS, name)
 
 
 @pytest.fixture

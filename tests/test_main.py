@@ -10,13 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from absl import flags
 from flax import nnx
 from rich.console import Console
 from tiny_runs import CONFIG_FILE, tiny
 
 import sotalign_jax
-from sotalign_jax import commands, features, main
+from sotalign_jax import commands, features
 from sotalign_jax.features import platonic_world
 from sotalign_jax.models import Aligner, LayerConfig
 from sotalign_jax.training import embed_rows
@@ -38,28 +37,6 @@ def run(*arguments):
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parent), "JAX_PLATFORMS": "cpu"},
     )
-
-
-@pytest.fixture
-def here(capsys, monkeypatch):
-    """The command in this process: (exit status, standard output, standard error)."""
-    monkeypatch.setattr(
-        main.app, "run", lambda entry, flags_parser: sys.exit(entry(flags_parser(sys.argv)))
-    )
-
-    def call(*arguments):
-        flags.FLAGS.unparse_flags()
-        for name in ("config", "workdir", "image", "text", "out", "verbosity", "format"):
-            flags.FLAGS[name].unparse()
-        for name in [n for n in flags.FLAGS if n.startswith("config.")]:
-            delattr(flags.FLAGS, name)
-        monkeypatch.setattr(sys, "argv", ["sotalign", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main.run()
-        out, err = capsys.readouterr()
-        return caught.value.code, out, err
-
-    return call
 
 
 @pytest.fixture(scope="module")

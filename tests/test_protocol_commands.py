@@ -2,46 +2,23 @@
 
 import dataclasses
 import json
-import sys
 import types
 
 import numpy as np
 import pytest
-from absl import flags
 
-from sotalign_jax import features, fitted, main
+from sotalign_jax import features, fitted
 from sotalign_jax.captions import CAPTIONS
 from sotalign_jax.models import Aligner
 from sotalign_jax.protocols import PROTOCOLS, prompts
 from sotalign_jax.recipes import RECIPES
 
-FLAGS = ("config", "workdir", "image", "text", "out", "verbosity", "protocol", "labels",
-         "annotations", "json", "variant", "urls", "classnames")  # fmt: skip
-
 
 @pytest.fixture
-def here(capsys, monkeypatch):
-    """The command in this process: (exit status, standard output, standard error)."""
-    monkeypatch.setattr(
-        main.app, "run", lambda entry, flags_parser: sys.exit(entry(flags_parser(sys.argv)))
-    )
-
-    def reset():
-        flags.FLAGS.unparse_flags()
-        for name in FLAGS:
-            flags.FLAGS[name].unparse()
-
-    def call(*arguments):
-        reset()
-        monkeypatch.setenv("COLUMNS", "200")
-        monkeypatch.setattr(sys, "argv", ["sotalign", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main.run()
-        out, err = capsys.readouterr()
-        return caught.value.code, out, err
-
-    yield call
-    reset()
+def here(here, monkeypatch):
+    """The command in this process, its tables in full."""
+    monkeypatch.setenv("COLUMNS", "200")
+    return here
 
 
 def views(n, seed):

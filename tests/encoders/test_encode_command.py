@@ -15,49 +15,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from absl import flags
 from tiny_encoder import encoder, png
 
 from sotalign_jax import encode_commands, features, main
 
 DOCUMENT = Path(__file__).parents[2] / "docs/encode.md"
-FLAGS = [
-    *("images", "texts", "encoder", "option", "dtype", "batch_size", "workers", "rows_per_shard"),
-    *(
-        "shards",
-        "kind",
-        "column",
-        "split",
-        "quoted",
-        "background",
-        "licence",
-        "out",
-        "config",
-        "workdir",
-        "verbosity",
-    ),
-]
 
 
 @pytest.fixture
-def here(capsys, monkeypatch, tmp_path):
+def here(here, monkeypatch, tmp_path):
     """The command in this process and in an empty directory: (exit status, output, errors)."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        main.app, "run", lambda entry, flags_parser: sys.exit(entry(flags_parser(sys.argv)))
-    )
-
-    def call(*arguments):
-        flags.FLAGS.unparse_flags()
-        for name in FLAGS:
-            flags.FLAGS[name].unparse()
-        monkeypatch.setattr(sys, "argv", ["sotalign", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main.run()
-        out, err = capsys.readouterr()
-        return caught.value.code, out, err
-
-    return call
+    return here
 
 
 def blocks(language):

@@ -13,11 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_sweep
-from absl import flags
 from forks import Forks
 from local_processes import finish, start
 
-from sotalign_jax import main, sweep_commands
+from sotalign_jax import sweep_commands
 from sotalign_jax.sweeps import load_sweep, run, submit
 from sotalign_jax.sweeps.points import SweepDir
 from sotalign_jax.training.distributed import PreemptionWatch
@@ -35,29 +34,6 @@ def forks(tmp_path_factory):
     server = Forks(tmp_path_factory.mktemp("forks"))
     yield server
     server.close()
-
-
-@pytest.fixture
-def here(capsys, monkeypatch):
-    """The command in this process: (exit status, standard output, standard error)."""
-    monkeypatch.setattr(
-        main.app, "run", lambda entry, flags_parser: sys.exit(entry(flags_parser(sys.argv)))
-    )
-
-    def call(*arguments):
-        flags.FLAGS.unparse_flags()
-        for name in ("config", "workdir", "verbosity", "point", "shard", "together", "print",
-                     "slurm", "slurm_options", "paper"):  # fmt: skip
-            flags.FLAGS[name].unparse()
-        for name in [n for n in flags.FLAGS if n.startswith("config.")]:
-            delattr(flags.FLAGS, name)
-        monkeypatch.setattr(sys, "argv", ["sotalign", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main.run()
-        out, err = capsys.readouterr()
-        return caught.value.code, out, err
-
-    return call
 
 
 @pytest.fixture(scope="module")
