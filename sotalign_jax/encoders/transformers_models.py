@@ -35,7 +35,10 @@ __all__ = ["load_transformers"]
 
 # Texts of models that take more are cut here, unless max_length says otherwise.
 LONGEST = 1024
+# Models of more parameters are not tried on their longest text, which takes a CPU long.
+LARGE = 1_000_000_000
 _COUNT_FROM_PADDING = (
+    "altclip_text_model",
     "camembert",
     "data2vec-text",
     "ibert",
@@ -163,6 +166,8 @@ def load_transformers(
         )
         items, said = _padding(preprocess, family, preset, name)
         settings |= said
+        if preprocess.skip:
+            settings["prompt_pooled"] = False
     stages = None
     if facts and follows and facts.stages:
         width = getattr(config, "hidden_size", None)
@@ -358,38 +363,46 @@ def _try_texts(network, preprocess, items: dict[str, Any], *, known: bool, name:
     """Encodes a text alone and with padding: a model that nobody tried may not tell them apart.
 
     Raises:
-        ValueError: it gives no rows, or rows that depend on padding.
+        ValueError: it gives no rows, rows that depend on padding, or none of the longest texts.
     """
     if known and network.stages is None:
         return
-    ids = preprocess("a small cat")["input_ids"]
     longest = items["buckets"][-1]
-    lengths = (len(ids), min(len(ids) + 9, longest)) if network.masked else (longest,)
-    rows = []
-    for length in lengths:
+    ids = preprocess("a small cat")["input_ids"].astype("int64")
+    ids = torch.from_numpy(ids)[: max(preprocess.skip + 1, longest // 2)]
+
+    def run(ids, length: int):
         at = slice(length - len(ids), None) if items["left"] else slice(len(ids))
-        inputs = {
-            "input_ids": torch.full((1, length), items["pad"]),
-            "attention_mask": torch.zeros((1, length), dtype=torch.int64),
-        }
-        inputs["input_ids"][0, at] = torch.from_numpy(ids.astype("int64"))
-        inputs["attention_mask"][0, at] = 1
-        try:
-            with torch.no_grad():
-                rows.append(network.eval()(**inputs))
-        except MemoryError:
-            raise
-        except Exception as error:  # of code that may expect anything
-            said = f"{type(error).__name__}: {_line(error)}"
-            raise ValueError(_not_known(name, "text", said)) from error
-        _check_rows(rows[-1], network, name, "text")
+        padded = torch.full((1, length), items["pad"])
+        mask = torch.zeros((1, length), dtype=torch.int64)
+        padded[0, at], mask[0, at] = ids, 1
+        with torch.no_grad():
+            return network.eval()(input_ids=padded, attention_mask=mask)
+
+    try:
+        padded = run(ids, min(len(ids) + 9, longest) if network.masked else longest)
+        alone = run(ids, len(ids)) if network.masked else padded
+    except MemoryError:
+        raise
+    except Exception as error:  # of code that may expect anything
+        said = f"{type(error).__name__}: {_line(error)}"
+        raise ValueError(_not_known(name, "text", said)) from error
+    _check_rows(padded, network, name, "text")
     # Half precision rounds what is next to padding differently.
     least = 1e-3 if next(network.parameters()).dtype == torch.float32 else 5e-2
-    apart = float((rows[0] - rows[-1]).abs().max() / rows[0].abs().max().clamp_min(1e-30))
+    apart = float((alone - padded).abs().max() / alone.abs().max().clamp_min(1e-30))
     if not apart < least:
         raise ValueError(
             _not_known(name, "text", f"its rows depend on padding, by {apart:.1g} of the largest")
         )
+    if known or sum(x.numel() for x in network.parameters()) > LARGE:
+        return
+    try:
+        run(ids.repeat(longest)[:longest], longest)
+    except (RuntimeError, IndexError) as error:
+        raise ValueError(
+            f"max_length: {name} takes no text of {longest} tokens ({_line(error)}); give less"
+        ) from error
 
 
 def _check_rows(rows: torch.Tensor, network, name: str, modality: str) -> None:

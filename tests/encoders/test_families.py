@@ -46,11 +46,24 @@ def plain(folder, loader="AutoModel", **options):
 UNTRACED = {"radio"}
 
 
-def cases(families, traced):
-    """Each with PyTorch, and with torchax a few of those that say what others do not."""
-    found = [pytest.param(family, "torch") for family in families]
-    for family in sorted(set(families) - UNTRACED) if "torchax" in BACKENDS else ():
-        found.append(pytest.param(family, "torchax", marks=() if family in traced else slow))
+# Those that say what others do not; the rest are slow.
+SOME = {
+    *("metaclip_2", "altclip", "beit", "deit", "aimv2_vision_model", "pixio", "radio"),
+    *("convnext", "dinov3_convnext", "resnet", "swinv2", "hiera"),
+    *("albert", "electra", "deberta-v2", "nomic_bert", "siglip2", "t5", "embeddinggemma"),
+}
+SOME_TRACED = {"deit", "convnext", "t5", "deberta-v2", "embeddinggemma"}
+
+
+def cases(families):
+    """Each with every backend that can run it."""
+    found = []
+    for family in families:
+        for backend in BACKENDS:
+            if backend == "torchax" and family in UNTRACED:
+                continue
+            some = SOME_TRACED if backend == "torchax" else SOME
+            found.append(pytest.param(family, backend, marks=() if family in some else slow))
     return found
 
 
@@ -80,7 +93,7 @@ IMAGES = {
 }
 
 
-@pytest.mark.parametrize("family,backend", cases(IMAGES, ("deit", "convnext")))
+@pytest.mark.parametrize("family,backend", cases(IMAGES))
 def test_image_rows(saved, family, backend):
     folder = saved(family)
     pictures = tiny_models.pictures()
@@ -139,7 +152,7 @@ def hidden_of_texts(folder, family, items):
 
 @pytest.mark.parametrize(
     "family,backend",
-    cases((*POOLED, *OF_TWO, *ENCODERS, *OTHERS), ("t5", "deberta-v2", "embeddinggemma")),
+    cases((*POOLED, *OF_TWO, *ENCODERS, *OTHERS)),
 )
 def test_text_rows(saved, family, backend):
     folder = saved(family)
@@ -223,6 +236,17 @@ def test_of_an_encoder_and_a_decoder_the_encoder_is_taken(tmp_path):
     assert_close(encode(encoder, TEXTS), torch.stack(rows))
 
 
+def test_more_tokens_than_positions(tmp_path):
+    """ESM counts positions from the id of padding, which no table here says."""
+    config = T.EsmConfig(
+        **tiny_models.TEXT, pad_token_id=1, position_embedding_type="absolute", mask_token_id=9
+    )
+    unknown(tmp_path, lambda: T.EsmModel(config, add_pooling_layer=False))
+    with pytest.raises(ValueError, match=r"^max_length: .* no text of 48 tokens .*; give less$"):
+        load(tmp_path, "text", pooling="mean")
+    assert encode(load(tmp_path, "text", pooling="mean", max_length=46), TEXTS).shape == (5, 16)
+
+
 def fnet():
     return T.FNetModel(
         T.FNetConfig(**SMALL, hidden_size=16, num_hidden_layers=2, intermediate_size=32)
@@ -273,6 +297,8 @@ def test_models_that_give_no_rows(tmp_path, make, modality, pooling, message):
         ("pixio", "image", {"pooling": "cls"}, r"pooling: .* needs a class token"),
         ("t5", "text", {"pooling": "model"}, r"pooling: .* has no row of its own"),
         ("camembert", "text", {"pooling": "mean", "max_length": 49}, r"max_length: .* at most 48"),
+        # Its positions count from the id of padding, and the configuration says 48.
+        ("altclip", "text", {"max_length": 47}, r"max_length: .* at most 46"),
     ],
 )
 def test_refusals(saved, family, modality, options, message):

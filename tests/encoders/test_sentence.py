@@ -208,6 +208,7 @@ def test_the_prompt_is_not_pooled(model, backend):
     prompts = {"prompts": {"q": "Say: "}, "default_prompt_name": "q"}
     write(model, [], MEAN | {"include_prompt": False}, **prompts)
     encoder = load(model, backend=backend)
+    assert encoder.description.settings["prompt_pooled"] is False
     tokens = hidden(model, [f"Say: {text}" for text in SHORT])
     # Not <s> and the five bytes of "Say: ".
     assert_close(encode(encoder, SHORT), torch.stack([x[6:].mean(0) for x in tokens]))
