@@ -30,6 +30,12 @@ class RowNetwork(torch.nn.Module):
         normalize: whether rows are scaled to length 1.
         masked: whether the model is told what padding is.
         options: further arguments of the model.
+        call: method of the model that gives its output.
+        skip: how many tokens at the start of each text are not pooled.
+        stages: what rows go through before ``normalize``.
+        window: of a decoder that was made to see both directions: how near a token must be to be
+            seen in the layers that do not see the whole text. Its masks are then made here, as
+            transformers makes them by functions of single tokens, which torchax cannot trace.
     """
 
     def __init__(
@@ -45,6 +51,10 @@ class RowNetwork(torch.nn.Module):
         normalize: bool = False,
         masked: bool = True,
         options: Mapping[str, Any] | None = None,
+        call: str = "forward",
+        skip: int = 0,
+        stages: torch.nn.Module | None = None,
+        window: int | None = None,
     ):
         super().__init__()
         self.model = model
@@ -56,6 +66,10 @@ class RowNetwork(torch.nn.Module):
         self.normalize = normalize
         self.masked = masked
         self.options = dict(options or {})
+        self.call = call
+        self.skip = skip
+        self.stages = stages
+        self.window = window
         self.captured: Any = None
         self.captures = block is not None
         if block is not None and before:
@@ -76,13 +90,22 @@ class RowNetwork(torch.nn.Module):
         if "pixel_values" in inputs:
             dtype = next(self.model.parameters()).dtype
             inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+        if self.window is not None:
+            dtype = next(self.model.parameters()).dtype
+            inputs["attention_mask"] = _both_ways(inputs["attention_mask"], self.window, dtype)
         rows = self._rows(inputs, mask).to(torch.float32)
+        if self.stages is not None:
+            rows = self.stages(rows)
         return unit_length(rows) if self.normalize else rows
 
     def _rows(self, inputs, mask):
-        output = self.model(**inputs, **self._options(inputs))
+        # By a call of the model, where that is it, so that its own hooks run.
+        model = self.model if self.call == "forward" else getattr(self.model, self.call)
+        output = model(**inputs, **self._options(inputs))
         if self.pooling == MODEL_POOLING:
-            return output[self.own] if isinstance(output, Mapping) else getattr(output, self.own)
+            own = output[self.own] if isinstance(output, Mapping) else getattr(output, self.own)
+            # Convolutional networks average to maps of one pixel.
+            return own.flatten(1) if own.ndim == 4 and own.shape[2:] == (1, 1) else own
         if self.captures:
             hidden, self.captured = self.captured, None  # a trace must not keep it
         else:
@@ -90,7 +113,11 @@ class RowNetwork(torch.nn.Module):
         if self.norm[0] is not None:
             hidden = self.norm[0](hidden)
         if self.layout is not None:
+            if hidden.ndim == 4:  # features, height, width
+                hidden = hidden.flatten(2).transpose(1, 2)
             return pool(hidden, self.pooling, layout=self.layout)
+        if self.skip:
+            mask = (mask > 0) & (mask.cumsum(1) > self.skip)
         return pool(hidden, self.pooling, mask=mask)
 
     def _options(self, inputs) -> dict[str, Any]:
@@ -101,6 +128,17 @@ class RowNetwork(torch.nn.Module):
             noise = torch.arange(options["noise"], dtype=torch.float32, device=pixels.device)
             options["noise"] = noise[None, :].expand(pixels.shape[0], -1)
         return options
+
+
+def _both_ways(mask, window: int, dtype) -> dict[str, Any]:
+    """What to add to the scores of attention, for each kind of layer."""
+    at = torch.arange(mask.shape[1], device=mask.device)
+    seen = (mask > 0)[:, None, None, :].expand(-1, 1, mask.shape[1], -1)
+    near = seen & ((at[:, None] - at[None, :]).abs() < window)
+    return {
+        kind: torch.zeros_like(sees, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)
+        for kind, sees in (("full_attention", seen), ("sliding_attention", near))
+    }
 
 
 def named(model: torch.nn.Module, name: str) -> torch.nn.Module | None:
@@ -155,26 +193,31 @@ def keep_layers(model: torch.nn.Module, layer: int, count: int) -> tuple[torch.n
     return (blocks[0], True) if layer == 0 else (blocks[layer - 1], False)
 
 
-def fix_positions(network: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:
+def fix_positions(network: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Interpolates position embeddings once, by running inputs, for all inputs of their size.
 
     Afterwards a forward pass reads them as buffers, ``fixed_positions``: bicubic interpolation is
     what libraries agree on least.
+
+    Returns:
+        The rows of the inputs.
     """
     for module in network.modules():
         if callable(getattr(type(module), "interpolate_pos_encoding", None)):
-            _fix(module)
+            _fix(module, "interpolate_pos_encoding")
+        if type(module).__name__.endswith("RelativePositionBias"):  # BEiT interpolates this
+            _fix(module, "forward")
     with torch.no_grad():
-        network(**inputs)
+        return network(**inputs)
 
 
-def _fix(module: Any) -> None:
-    original = module.interpolate_pos_encoding
+def _fix(module: Any, method: str) -> None:
+    original = getattr(module, method)
 
     def record(*args, **kwargs):
         positions = original(*args, **kwargs)
         module.register_buffer("fixed_positions", positions.detach().clone(), persistent=False)
-        module.interpolate_pos_encoding = lambda *args, **kwargs: module.fixed_positions
+        setattr(module, method, lambda *args, **kwargs: module.fixed_positions)
         return positions
 
-    module.interpolate_pos_encoding = record
+    setattr(module, method, record)

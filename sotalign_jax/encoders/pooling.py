@@ -7,13 +7,22 @@ the same kind, in float32: a mean over hundreds of tokens in half precision woul
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-__all__ = ["IMAGE_POOLINGS", "MODEL_POOLING", "TEXT_POOLINGS", "Layout", "pool", "unit_length"]
+__all__ = [
+    "IMAGE_POOLINGS",
+    "MODEL_POOLING",
+    "TEXT_POOLINGS",
+    "Layout",
+    "pool",
+    "text_poolings",
+    "unit_length",
+]
 
 # The model's own: nothing is pooled here.
 MODEL_POOLING = "model"
@@ -21,20 +30,28 @@ MODEL_POOLING = "model"
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where the tokens of an image stand: [class], [registers], patches.
+    """Where the tokens of an image stand: [class], [others], [registers], patches.
 
     Attributes:
         cls: whether there is a class token.
         registers: how many register tokens follow it.
+        others: how many tokens that no pooling takes come between the two, as DeiT's distillation
+            token does.
     """
 
     cls: bool = True
     registers: int = 0
+    others: int = 0
+
+    @property
+    def first(self) -> int:
+        """The number of tokens before the first register."""
+        return int(self.cls) + self.others
 
     @property
     def prefix(self) -> int:
         """The number of tokens before the first patch."""
-        return int(self.cls) + self.registers
+        return self.first + self.registers
 
 
 def _cls(tokens, layout: Layout):
@@ -46,7 +63,7 @@ def _mean(tokens, layout: Layout):
 
 
 def _mean_registers(tokens, layout: Layout):
-    return _average(tokens[:, int(layout.cls) :])
+    return _average(tokens[:, layout.first :])
 
 
 def _cls_mean(tokens, layout: Layout):
@@ -59,7 +76,7 @@ def _cls_mean_registers(tokens, layout: Layout):
 
 def _cls_mean_shifted(tokens, layout: Layout):
     last = tokens.shape[1] - layout.registers
-    return _join(_cls(tokens, layout), _average(tokens[:, int(layout.cls) : last]))
+    return _join(_cls(tokens, layout), _average(tokens[:, layout.first : last]))
 
 
 # name -> (what it is, the function). The first line of docs/encoders.md's table is the same text.
@@ -95,11 +112,53 @@ def _masked_mean(tokens, mask):
     return total / weights.sum(1)[:, None]
 
 
+def _masked_mean_sqrt(tokens, mask):
+    xp = _namespace(tokens)
+    weights = _float32(_integers(mask))
+    total = (tokens * weights[:, :, None]).sum(1)
+    return total / xp.sqrt(weights.sum(1))[:, None]
+
+
+def _weighted_mean(tokens, mask):
+    # Counted from the first token of the text, on whatever side the padding is.
+    real = _integers(mask)
+    weights = _float32(real.cumsum(1) * real)
+    return (tokens * weights[:, :, None]).sum(1) / weights.sum(1)[:, None]
+
+
+def _max(tokens, mask):
+    xp = _namespace(tokens)
+    lowest = xp.full_like(tokens, -xp.inf)
+    highest = xp.where((_integers(mask) > 0)[:, :, None], tokens, lowest)
+    return xp.amax(highest, 1)
+
+
 TEXT_POOLINGS: dict[str, tuple[str, Callable[[Any, Any], Any]]] = {
     "cls": ("the first token of the text", _first),
     "last": ("the last token of the text", _last),
     "mean": ("mean of the tokens of the text, prompt and special tokens included", _masked_mean),
+    "max": ("the largest value of each feature over those tokens", _max),
+    "mean_sqrt_len_tokens": (
+        "sum of those tokens, divided by the square root of how many they are",
+        _masked_mean_sqrt,
+    ),
+    "weightedmean": ("mean of those tokens, the k-th of them with weight k", _weighted_mean),
 }
+
+
+def text_poolings(pooling: str) -> tuple[str, ...]:
+    """The poolings of texts that a name joins, in their order: ``"cls+mean"`` is of two.
+
+    Raises:
+        ValueError: one of them is unknown.
+    """
+    names = tuple(pooling.split("+"))
+    if not set(names) <= set(TEXT_POOLINGS):
+        raise ValueError(
+            f"pooling: must be one of {', '.join(TEXT_POOLINGS)}, or some joined by +; got "
+            f"{pooling!r}"
+        )
+    return names
 
 
 def pool(tokens: Any, pooling: str, *, layout: Layout | None = None, mask: Any = None) -> Any:
@@ -107,29 +166,31 @@ def pool(tokens: Any, pooling: str, *, layout: Layout | None = None, mask: Any =
 
     Args:
         tokens: ``(n, tokens, d)`` hidden states.
-        pooling: one of `IMAGE_POOLINGS` with a layout, one of `TEXT_POOLINGS` with a mask.
+        pooling: one of `IMAGE_POOLINGS` with a layout; with a mask one of `TEXT_POOLINGS`, or some
+            of them joined by ``+``.
         layout: of the tokens of images.
         mask: ``(n, tokens)``, nonzero where a token is of the text, zero where it is padding, on
             either side; at least one token of each text.
 
     Returns:
-        ``(n, d)`` float32, and ``(n, 2 d)`` where two are joined.
+        ``(n, d)`` float32, and ``(n, k d)`` where k are joined.
 
     Raises:
         ValueError: an unknown pooling, one that the layout has no token for, or no patch left.
     """
     if (layout is None) == (mask is None):
         raise ValueError("pool: takes a layout (of images) or a mask (of texts), and not both")
-    known: dict[str, Any] = TEXT_POOLINGS if layout is None else IMAGE_POOLINGS
-    if pooling not in known:
-        raise ValueError(f"pooling: must be one of {', '.join(known)}; got {pooling!r}")
-    if layout is not None:
-        check_layout(pooling, layout)
-        if tokens.shape[1] <= layout.prefix:
-            raise ValueError(
-                f"pool: {tokens.shape[1]} tokens leave no patch after the first {layout.prefix}"
-            )
-    return known[pooling][1](_float32(tokens), layout if mask is None else mask)
+    if layout is None:
+        rows = [TEXT_POOLINGS[one][1](_float32(tokens), mask) for one in text_poolings(pooling)]
+        return functools.reduce(_join, rows)
+    if pooling not in IMAGE_POOLINGS:
+        raise ValueError(f"pooling: must be one of {', '.join(IMAGE_POOLINGS)}; got {pooling!r}")
+    check_layout(pooling, layout)
+    if tokens.shape[1] <= layout.prefix:
+        raise ValueError(
+            f"pool: {tokens.shape[1]} tokens leave no patch after the first {layout.prefix}"
+        )
+    return IMAGE_POOLINGS[pooling][1](_float32(tokens), layout)
 
 
 def check_layout(pooling: str, layout: Layout) -> None:

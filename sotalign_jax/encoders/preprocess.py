@@ -159,9 +159,12 @@ class TextPreprocessor:
         max_length: tokens that are kept, special tokens included.
         end: token that all texts end with; by default what the tokenizer puts there.
         lower: puts prompt and text into lower case first.
+        skip_prompt: whether the prompt's tokens are not pooled; `skip` is how many that are, with
+            the special tokens before them.
 
     Raises:
-        ValueError: ``end`` is not one token, or the prompt leaves no token for the text.
+        ValueError: ``end`` is not one token, the prompt leaves no token for the text, or its tokens
+            are to be left out and it is around the text.
     """
 
     def __init__(
@@ -172,6 +175,7 @@ class TextPreprocessor:
         max_length: int,
         end: str | None = None,
         lower: bool = False,
+        skip_prompt: bool = False,
     ):
         self.tokenizer = tokenizer
         self.lower = lower
@@ -190,6 +194,7 @@ class TextPreprocessor:
                 f"max_length: the prompt and the special tokens take {taken} tokens, which leaves "
                 f"none of {max_length} for the text"
             )
+        self.skip = self._prompt_tokens() if skip_prompt and prompt else 0
 
     def __call__(self, item: Any) -> Inputs:
         """Raises ValueError for what is no text, or cannot be tokenized, or gives no token."""
@@ -203,7 +208,20 @@ class TextPreprocessor:
         ids = self._ids(text.lower() if self.lower else text, self.max_length)
         if not ids:
             raise ValueError("text is empty, and this model's texts have no special tokens")
+        if len(ids) <= self.skip:
+            raise ValueError("text is empty, and this model does not pool the prompt's tokens")
         return {"input_ids": np.asarray(ids, np.int32)}
+
+    def _prompt_tokens(self) -> int:
+        """As sentence-transformers counts them: all but a special token at the end."""
+        if "{text}" in self.prompt:
+            raise ValueError(
+                f"prompt: its tokens are not pooled, so it must be before the text, without "
+                f"{{text}}; got {self.prompt!r}"
+            )
+        prompt = self.prompt.lstrip()  # a space at its end is before the text, and stays
+        ids = self._ids(prompt.lower() if self.lower else prompt, None)
+        return len(ids) - bool(ids and ids[-1] in {*self.tokenizer.all_special_ids, self.end})
 
     def _prompted(self, text: str) -> str:
         if "{text}" in self.prompt:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch  # pyright: ignore[reportMissingImports]
 
+from sotalign_jax.encoders.dense import load_stages
 from sotalign_jax.encoders.digests import digest_of_model
 from sotalign_jax.encoders.extras import need
 from sotalign_jax.encoders.families import Family, check_pooling, family_of, layout_of
@@ -20,7 +21,7 @@ from sotalign_jax.encoders.networks import (
     keep_layers,
     named,
 )
-from sotalign_jax.encoders.pooling import MODEL_POOLING, check_layout
+from sotalign_jax.encoders.pooling import MODEL_POOLING, check_layout, text_poolings
 from sotalign_jax.encoders.preprocess import (
     FloatImagePreprocessor,
     ImagePreprocessor,
@@ -35,6 +36,32 @@ __all__ = ["load_transformers"]
 
 # Texts of models that take more are cut here, unless max_length says otherwise.
 LONGEST = 1024
+# Models of more parameters are not tried on their longest text, which takes a CPU long.
+LARGE = 1_000_000_000
+_COUNT_FROM_PADDING = (
+    "altclip_text_model",
+    "camembert",
+    "data2vec-text",
+    "ibert",
+    "layoutlmv3",
+    "lilt",
+    "longformer",
+    "luke",
+    "markuplm",
+    "mpnet",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+)
+# What of a model of two towers does not encode a modality.
+_OTHERS = {
+    "image": ("text_model", "text_projection"),
+    "text": ("vision_model", "vision_projection", "visual_projection"),
+}
+# What only a model's own row is made by.
+_UNUSED = {"pooler", "visual_projection", "text_projection"}
 # Loaded by this package: the code that comes with these is of transformers 4.
 NATIVE = ("llama_bidirec", "nvembed")
 
@@ -77,6 +104,8 @@ def load_transformers(
     if pooling is None and (preset or facts):
         pooling = preset.pooling if preset else facts.pooling if facts else None
     pooling = check_pooling(pooling, modality, family, name)
+    # Layers that come after a pooling were trained on its rows, and on those of the last layer.
+    follows = facts is not None and pooling == facts.pooling and layer is None
     if layer is not None and pooling == MODEL_POOLING:
         raise ValueError(
             "layer: the model's own row is of its last layer; give a pooling of tokens"
@@ -96,8 +125,13 @@ def load_transformers(
                 f"{MODEL_POOLING!r}"
             )
         check_layout(pooling, layout)
-    count = int(getattr(config, "num_hidden_layers", 0) or 0)
+    count = getattr(config, "num_hidden_layers", 0)
+    count = count if isinstance(count, int) else 0
     if layer is not None:
+        if family is not None and not family.layers:
+            raise ValueError(
+                f"layer: the stages of a {model_type} are of different widths; leave layer out"
+            )
         check_layer(layer, count)
         if final_norm and (family is None or family.norm is None):
             raise ValueError(f"final_norm: {name} has no last norm that is known here")
@@ -129,9 +163,18 @@ def load_transformers(
             max_length=_check_length(max_length, tokenizer, config, name),
             end=end,
             lower=bool(facts and facts.lower),
+            skip_prompt=bool(facts and follows and facts.skip_prompt),
         )
         items, said = _padding(preprocess, family, preset, name)
         settings |= said
+        if preprocess.skip:
+            settings["prompt_pooled"] = False
+    stages = None
+    if facts and follows and facts.stages:
+        width = getattr(config, "hidden_size", None)
+        width = width * len(text_poolings(pooling)) if isinstance(width, int) else None
+        stages = load_stages(facts.stages, width, name)
+        settings["after_pooling"] = [type(stage).__name__ for stage in stages]
 
     # All that can be wrong with the options was found; now to what takes long.
     with _reading(name, source, modality, trust_remote_code):
@@ -140,12 +183,14 @@ def load_transformers(
         )
     if missing:
         raise ValueError(
-            f"{'pooling' if 'pool' in missing[0] else 'name'}: {source} has no weights for "
+            f"{'pooling' if _UNUSED & set(missing[0].split('.')) else 'name'}: {source} has no "
+            f"weights for "
             f"{missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else "")
         )
     settings["revision"] = getattr(model.config, "_commit_hash", None) or revision
     if Path(source).is_dir():  # which has no revision
         settings["files"] = digest_of_model(Path(source))
+    model, call = _one_tower(model, modality, family, whole)
     block, before, norm = None, False, None
     if layer is not None:
         norm = named(model, family.norm) if final_norm and family and family.norm else None
@@ -160,11 +205,17 @@ def load_transformers(
         norm=norm,
         normalize=normalize,
         masked=family is None or family.masked,
+        call=call,
+        skip=preprocess.skip if modality == "text" else 0,
+        stages=stages,
+        window=model.config.sliding_window if _sees_both_ways(model_type, config) else None,
     )
     if modality == "image":
-        shape = _fit_image(network, preprocess, model, image_size)
+        shape = _fit_image(network, preprocess, config, image_size, name)
         settings["image_size"] = list(shape[1:])
         items = {"image_shape": shape}
+    else:
+        _try_texts(network, preprocess, items, known=family is not None, name=name)
     return Loaded(network, preprocess, name, pooling, normalize, settings, **items)
 
 
@@ -181,6 +232,11 @@ def _config(transformers, source: str, model_type: str, hub: dict[str, Any]):
     return transformers.AutoConfig.from_pretrained(source, **hub)
 
 
+def _sees_both_ways(model_type: str, config) -> bool:
+    """Whether a Gemma was made to, as EmbeddingGemma is."""
+    return model_type == "gemma3_text" and bool(config.use_bidirectional_attention)
+
+
 def _padding(
     preprocess: TextPreprocessor, family: Family | None, preset: Preset | None, name: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -191,6 +247,8 @@ def _padding(
     if pad is None and not masked:
         raise ValueError(f"name: {name} has texts padded, and its tokenizer names no padding")
     side = preset.padding if preset else family.padding if family else "right"
+    if not masked and not preset:  # it shows in the rows, and the tokenizer's files say it
+        side = tokenizer.padding_side
     items = {
         "pad": 0 if pad is None else int(pad),  # under a mask, any id will do
         "left": side == "left",
@@ -220,8 +278,8 @@ def _load_model(
         options["revision"] = hub["revision"]
     if family is not None:
         options["attn_implementation"] = "eager"  # plain products, which torchax can trace
-        if family.head and pooling != MODEL_POOLING:
-            options["add_pooling_layer"] = False
+        if family.head:
+            options["add_pooling_layer"] = pooling == MODEL_POOLING
     loader: Any = getattr(transformers, family.loader if family else "AutoModel")
     if model_type == "nvembed":
         from sotalign_jax.encoders.nvembed import NVEmbed
@@ -240,7 +298,7 @@ def _load_model(
         model.config.use_cache = False
     missing = sorted(info["missing_keys"])
     if pooling != MODEL_POOLING:
-        missing = [key for key in missing if "pooler" not in key.split(".")]
+        missing = [key for key in missing if _UNUSED.isdisjoint(key.split("."))]
     return model, missing
 
 
@@ -258,38 +316,118 @@ def _image_preprocessor(transformers, source: str, image_size: int | None, hub):
     )
 
 
-def _fit_image(network, preprocess, model, image_size: int | None) -> tuple[int, ...]:
+def _one_tower(model, modality: str, family: Family | None, config) -> tuple[Any, str]:
+    """The part of a model that encodes items, and what of it to call."""
+    of_two = getattr(config, "is_encoder_decoder", False)
+    if modality == "text" and (of_two or (family and family.loader.endswith("EncoderModel"))):
+        # Of the encoder's models too, which hold the embeddings a second time.
+        return model.get_encoder(), "forward"
+    if family is not None:
+        call = family.call
+    else:
+        two = all(callable(getattr(model, f"get_{of}_features", None)) for of in ("image", "text"))
+        call = f"get_{modality}_features" if two else "forward"
+    if call != "forward":
+        for part in _OTHERS[modality]:
+            if isinstance(getattr(model, part, None), torch.nn.Module):
+                setattr(model, part, None)
+    return model, call
+
+
+def _fit_image(network, preprocess, config, image_size: int | None, name: str) -> tuple[int, ...]:
     """Readies a network for pictures of one size, and returns the shape of their pixels."""
     from PIL import Image  # pyright: ignore[reportMissingImports]
 
-    config = model.config
     example = preprocess(Image.new("RGB", (64, 64)))["pixel_values"]
     size = getattr(config, "image_size", None)
     height, width = example.shape[1:]
     sizes = (size, size) if isinstance(size, int) else tuple(size or ())
-    arguments = inspect.signature(model.forward).parameters
+    arguments = inspect.signature(getattr(network.model, network.call)).parameters
     if "interpolate_pos_encoding" in arguments and sizes not in ((), (height, width)):
         network.options["interpolate_pos_encoding"] = True
     if config.model_type == "vit_mae":
         patch = config.patch_size
         network.options["noise"] = (height // patch) * (width // patch)
     try:
-        fix_positions(network, {"pixel_values": torch.from_numpy(example[None])})
+        rows = fix_positions(network, {"pixel_values": torch.from_numpy(example[None])})
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"{'name' if image_size is None else 'image_size'}: the model takes no pictures of "
-            f"{height} x {width} pixels ({str(error).splitlines()[0]})"
+            f"{height} x {width} pixels ({_line(error)})"
         ) from error
+    except (AttributeError, LookupError, TypeError) as error:  # of models that take something else
+        reason = f"{type(error).__name__}: {_line(error)}"
+        raise ValueError(_not_known(name, "image", reason)) from error
+    _check_rows(rows, network, name, "image")
     return example.shape
+
+
+def _try_texts(network, preprocess, items: dict[str, Any], *, known: bool, name: str) -> None:
+    """Encodes a text alone and with padding: a model that nobody tried may not tell them apart.
+
+    Raises:
+        ValueError: it gives no rows, rows that depend on padding, or none of the longest texts.
+    """
+    if known and network.stages is None:
+        return
+    longest = items["buckets"][-1]
+    ids = preprocess("a small cat")["input_ids"].astype("int64")
+    ids = torch.from_numpy(ids)[: max(preprocess.skip + 1, longest // 2)]
+
+    def run(ids, length: int):
+        at = slice(length - len(ids), None) if items["left"] else slice(len(ids))
+        padded = torch.full((1, length), items["pad"])
+        mask = torch.zeros((1, length), dtype=torch.int64)
+        padded[0, at], mask[0, at] = ids, 1
+        with torch.no_grad():
+            return network.eval()(input_ids=padded, attention_mask=mask)
+
+    try:
+        padded = run(ids, min(len(ids) + 9, longest) if network.masked else longest)
+        alone = run(ids, len(ids)) if network.masked else padded
+    except MemoryError:
+        raise
+    except Exception as error:  # of code that may expect anything
+        said = f"{type(error).__name__}: {_line(error)}"
+        raise ValueError(_not_known(name, "text", said)) from error
+    _check_rows(padded, network, name, "text")
+    # Half precision rounds what is next to padding differently.
+    least = 1e-3 if next(network.parameters()).dtype == torch.float32 else 5e-2
+    apart = float((alone - padded).abs().max() / alone.abs().max().clamp_min(1e-30))
+    if not apart < least:
+        raise ValueError(
+            _not_known(name, "text", f"its rows depend on padding, by {apart:.1g} of the largest")
+        )
+    if known or sum(x.numel() for x in network.parameters()) > LARGE:
+        return
+    try:
+        run(ids.repeat(longest)[:longest], longest)
+    except (RuntimeError, IndexError) as error:
+        raise ValueError(
+            f"max_length: {name} takes no text of {longest} tokens ({_line(error)}); give less"
+        ) from error
+
+
+def _check_rows(rows: torch.Tensor, network, name: str, modality: str) -> None:
+    if rows.ndim != 2:
+        raise ValueError(
+            _not_known(name, modality, f"{network.pooling} gives {tuple(rows.shape)} for one item")
+        )
+
+
+def _not_known(name: str, modality: str, reason: str) -> str:
+    return (
+        f"name: {name} gives no {modality} rows as transformers loads it ({reason}); take a model "
+        f"of a family in docs/encoders.md, or write a function, module:function, that runs it"
+    )
 
 
 def _check_length(max_length: int | None, tokenizer, config, name: str) -> int:
     limits = [getattr(tokenizer, "model_max_length", None)]
     positions = getattr(config, "max_position_embeddings", None)
-    if isinstance(positions, int):
+    if isinstance(positions, int) and positions > 0:
         # RoBERTa and its kin count positions from the id of padding.
-        offset = config.model_type in ("roberta", "xlm-roberta", "mpnet", "camembert")
-        positions -= 2 if offset else 0
+        positions -= 2 if config.model_type in _COUNT_FROM_PADDING else 0
         limits.append(positions)
         if max_length is not None and max_length > positions:
             raise ValueError(f"max_length: {name} takes at most {positions}, got {max_length}")

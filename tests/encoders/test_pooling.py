@@ -68,6 +68,11 @@ def test_image_poolings(of):
 def test_without_registers_and_without_a_class_token():
     x = tokens()
     np.testing.assert_allclose(pool(x, "mean", layout=Layout()), by_hand(x, 1, 11), atol=1e-6)
+    # After the class token two that no pooling takes.
+    layout = Layout(others=2, registers=3)
+    np.testing.assert_allclose(pool(x, "mean", layout=layout), by_hand(x, 6, 11), atol=1e-6)
+    got = pool(x, "mean_registers", layout=layout)
+    np.testing.assert_allclose(got, by_hand(x, 3, 11), atol=1e-6)
     only = Layout(cls=False)
     np.testing.assert_allclose(pool(x, "mean", layout=only), by_hand(x, 0, 11), atol=1e-6)
 
@@ -80,14 +85,18 @@ def test_text_poolings_do_not_see_padding(of, side, dtype):
     mask = np.zeros((4, 6), dtype)
     for row, length in enumerate(lengths):
         mask[row, slice(6 - length, None) if side == "left" else slice(length)] = 1
-    wanted = {"cls": [], "last": [], "mean": []}
+    wanted = {name: [] for name in TEXT_POOLINGS} | {"max+cls": []}
     for row, length in enumerate(lengths):
         start = 6 - length if side == "left" else 0
         text = x[row, start : start + length].astype(np.float64)
         wanted["cls"].append(text[0])
         wanted["last"].append(text[-1])
         wanted["mean"].append(text.mean(0))
-    assert wanted.keys() == TEXT_POOLINGS.keys()
+        wanted["max"].append(text.max(0))
+        wanted["mean_sqrt_len_tokens"].append(text.sum(0) / np.sqrt(length))
+        weighted = [(k + 1) * one for k, one in enumerate(text)]
+        wanted["weightedmean"].append(sum(weighted) / (length * (length + 1) / 2))
+        wanted["max+cls"].append(np.hstack([text.max(0), text[0]]))
     for name, rows in wanted.items():
         got = pool(of(x), name, mask=of(mask))
         np.testing.assert_allclose(np.asarray(got), rows, rtol=1e-5, atol=1e-6, err_msg=name)
@@ -115,9 +124,12 @@ def test_refusals():
         with pytest.raises(ValueError, match="takes a layout"):
             pool(x, "mean", **arguments)
     with pytest.raises(
-        ValueError, match=r"pooling: must be one of cls, last, mean; got 'cls_mean'"
+        ValueError,
+        match=r"pooling: must be one of cls, last, mean, .* joined by \+; got 'cls_mean'",
     ):
         pool(x, "cls_mean", mask=mask)
+    with pytest.raises(ValueError, match=r"got 'cls\+'"):
+        pool(x, "cls+", mask=mask)
     with pytest.raises(ValueError, match="got 'last'"):
         pool(x, "last", layout=Layout())
     with pytest.raises(ValueError, match="needs a class token"):

@@ -532,14 +532,18 @@ def test_sentence_transformers_files_without_unit_length(saved, tmp_path, poolin
 
 def test_sentence_transformers_files_that_are_not_known(saved, tmp_path):
     folder = copy_of(saved("bert"), tmp_path)
-    sentence_files(folder, pooling={"pooling_mode_max_tokens": True})
-    with pytest.raises(ValueError, match=r"pooling: .* says pooling_mode_max_tokens"):
+    sentence_files(folder, pooling={"pooling_mode": "attention"})
+    with pytest.raises(ValueError, match=r"pooling: .* says attention; known are cls, last, mean"):
         load(folder, "text", backend="torch")
-    sentence_files(folder, pooling={"pooling_mode_mean_tokens": True, "include_prompt": False})
+    sentence_files(folder, pooling={})
+    with pytest.raises(ValueError, match=r"pooling: .* says nothing"):
+        load(folder, "text", backend="torch")
+    leaves = {"pooling_mode": "weightedmean", "include_prompt": False}
+    sentence_files(folder, pooling=leaves)
     with pytest.raises(ValueError, match=r"^pooling: .* leaves the prompt out"):
         load(folder, "text", backend="torch")
-    sentence_files(folder, pooling={"pooling_mode_cls_token": True}, stage="Dense")
-    with pytest.raises(ValueError, match=r"stages Transformer, Pooling, Dense"):
+    sentence_files(folder, pooling={"pooling_mode_cls_token": True}, stage="LSTM")
+    with pytest.raises(ValueError, match=r"stages Transformer, Pooling, LSTM"):
         load(folder, "text", backend="torch")
     assert load(folder, "text", backend="torch", pooling="mean").description.pooling == "mean"
     (folder / "modules.json").write_text("[{")
@@ -569,7 +573,7 @@ REFUSED = {
     "modality: a model of type 'bert' encodes texts": ("bert", "image", {}),
     "modality: a model of type 'vit' encodes images": ("vit", "text", {"pooling": "mean"}),
     "pooling: nothing says how": ("bert", "text", {}),
-    "pooling: must be one of cls, last, mean, model for texts": (
+    "pooling: must be one of cls, last, mean, max, mean_sqrt_len_tokens, weightedmean, model for": (
         "bert",
         "text",
         {"pooling": "cls_mean"},
