@@ -135,7 +135,8 @@ class JaxBackend:
         environment = torchax.tensor.Environment()
         self._network = network.eval().requires_grad_(False)
         everywhere = NamedSharding(mesh, PartitionSpec())
-        size = sum(tensor.numel() * tensor.element_size() for _, tensor in self._tensors())
+        once = {id(tensor): tensor for _, tensor in self._tensors()}.values()
+        size = sum(tensor.numel() * tensor.element_size() for tensor in once)
         sharded = weights == "sharded" or (weights == "auto" and _too_much(size, local[0]))
         self.weights = "sharded" if sharded else "replicated"
         self._shardings = {
@@ -151,7 +152,7 @@ class JaxBackend:
             state = jax.lax.with_sharding_constraint(state, everywhere)
             state, inputs = environment.j2t_iso((state, inputs))
             with environment, torch.no_grad():
-                rows = torch.func.functional_call(network, state, (), inputs)
+                rows = torch.func.functional_call(network, state, (), inputs, tie_weights=False)
             return environment.t2j_iso(rows)
 
         self._run = jax.jit(run, out_shardings=self._by_row)
@@ -171,12 +172,17 @@ class JaxBackend:
 
     def place(self) -> None:
         """Moves the weights to the devices; the network itself has none afterwards."""
+        placed: dict[int, jax.Array] = {}
         for name, tensor in self._tensors():
-            self._state[name] = jax.device_put(_to_numpy(tensor), self._shardings[name])
+            if id(tensor) not in placed:
+                placed[id(tensor)] = jax.device_put(_to_numpy(tensor), self._shardings[name])
+            self._state[name] = placed[id(tensor)]
         self._network.to("meta")
 
     def _tensors(self) -> list[tuple[str, Any]]:
-        return [*self._network.named_parameters(), *self._network.named_buffers()]
+        """All weights by name; one that layers share has several."""
+        named = (self._network.named_parameters, self._network.named_buffers)
+        return [found for of in named for found in of(remove_duplicate=False)]
 
     def __call__(self, inputs: Arrays) -> jax.Array:
         """Rows ``(n, d)``, float32, maybe still being computed; ``n`` a multiple of `rows`."""

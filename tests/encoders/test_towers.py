@@ -334,6 +334,30 @@ def test_which_weights_are_cut_and_when():
 
 
 @with_torchax
+def test_weights_that_layers_share_are_placed_once():
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = torch.nn.Embedding(11, 8)
+            self.back = torch.nn.Linear(8, 11, bias=False)
+            self.back.weight = self.table.weight
+
+        def forward(self, ids):
+            return self.back(self.table(ids).mean(1))
+
+    network = Tied()
+    table = network.table.weight.detach().numpy().astype(np.float64)
+    backend = backends.JaxBackend(network, devices=2)
+    backend.trace({"ids": ((4, 3), np.int32)})
+    backend.place()
+    assert backend._state["table.weight"] is backend._state["back.weight"]
+    for length in (3, 5):  # the second is another program, traced without weights
+        ids = np.random.default_rng(length).integers(0, 11, (4, length)).astype(np.int32)
+        rows = backend.fetch(backend({"ids": ids}))
+        np.testing.assert_allclose(rows, table[ids].mean(1) @ table.T, rtol=1e-5, atol=1e-6)
+
+
+@with_torchax
 def test_texts_compile_once_for_each_length(saved):
     encoder = load(saved("bert"), "text", backend="torchax", pooling="mean", batch_size=2)
     assert buckets(48) == (16, 32, 48) and buckets(16) == (16,) and buckets(5) == (5,)
