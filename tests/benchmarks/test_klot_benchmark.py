@@ -141,6 +141,7 @@ def test_forms(tmp_path, capsys):
         )
 
 
+@pytest.mark.slow
 def test_forms_only(tmp_path, capsys):
     path = tmp_path / "numbers.json"
     more = ["--memory", "streamed", "--d", "40", "--forms-only", "--repeats", "1"]

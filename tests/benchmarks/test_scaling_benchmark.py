@@ -51,7 +51,7 @@ def test_report(tmp_path, capsys):
     assert {"all-gather", "reduce-scatter"} <= set(rows["step", 2]["traffic"]["once"])
 
 
-@pytest.mark.parametrize("resident", ["always", "never"])
+@pytest.mark.parametrize("resident", [pytest.param("always", marks=pytest.mark.slow), "never"])
 def test_ahead_of_time_without_data(resident):
     config = tiny(data__name="files", data__resident=resident, data__n_unpaired=512)
     config.data.files.image = config.data.files.text = "no/such/file"

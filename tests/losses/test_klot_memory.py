@@ -18,6 +18,13 @@ TIGHT = {"threshold": 1e-6, "max_iterations": 5000}
 # So little that a block has the least number of rows, 8: with 13 rows the last block has 5.
 SMALL = {"memory": "streamed", "memory_gib": 1e-9}
 MESHES = {"8": ((8,), ("rows",)), "4x2": ((4, 2), ("rows", "more"))}
+# Always run; each value of each parameter meets each of another.
+SAMPLE = {
+    ("divides", "8", "streamed"),
+    ("divides", "4x2", "dense"),
+    ("does_not", "8", "dense"),
+    ("does_not", "4x2", "streamed"),
+}
 
 
 def draw(n=N, m=M, seed=0):
@@ -173,9 +180,21 @@ def padded_to(rows, n):
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 class TestSharded:
-    @pytest.mark.parametrize("options", [{"memory": "dense"}, SMALL], ids=["dense", "streamed"])
-    @pytest.mark.parametrize("mesh", MESHES)
-    @pytest.mark.parametrize("n", [N, N - 3], ids=["divides", "does_not"])
+    @pytest.mark.parametrize(
+        "n,mesh,options",
+        [
+            pytest.param(
+                n,
+                mesh,
+                {"memory": "dense"} if memory == "dense" else SMALL,
+                id=f"{name}-{mesh}-{memory}",
+                marks=[] if (name, mesh, memory) in SAMPLE else pytest.mark.slow,
+            )
+            for name, n in (("divides", N), ("does_not", N - 3))
+            for mesh in MESHES
+            for memory in ("dense", "streamed")
+        ],
+    )
     def test_equals_one_device_and_the_truth(self, options, mesh, n):
         rows = draw(n)
         one_value, one_gradients = value_and_gradients(rows, **options)

@@ -420,6 +420,7 @@ def test_wandb_gets_every_record_and_one_id_a_workdir(tmp_path, monkeypatch):
     assert wandb.starts[2]["id"] != first["id"]
 
 
+@pytest.mark.slow
 def test_runs_that_are_trained_together_are_runs_of_their_own_in_wandb(tmp_path, monkeypatch):
     wandb = FakeWandB()
     monkeypatch.setitem(sys.modules, "wandb", wandb)

@@ -78,13 +78,13 @@ def assert_like_alone(configs, paths, folder):
 def test_seeds(tmp_path, monkeypatch):
     """Other pairs, other weights, another order of batches: all rows differ."""
     sizes = counted(monkeypatch)
-    configs = [config(seed=seed) for seed in (0, 1, 5)]
+    configs = [config(seed=seed) for seed in (0, 5)]
     _, paths = run(configs, tmp_path)
-    assert sizes == [3]
+    assert sizes == [2]
     assert_like_alone(configs, paths, tmp_path)
     for path in paths:
         (start,) = [json.loads(s) for s in (path / "provenance.jsonl").read_text().splitlines()]
-        assert start["together"] == 3
+        assert start["together"] == 2
 
 
 def test_numbers_of_the_loss_and_the_optimiser_on_the_same_batches(tmp_path, monkeypatch):
@@ -169,6 +169,7 @@ def test_options_of_an_objective_differ_within_a_program(fields, other, tmp_path
     assert first != last
 
 
+@pytest.mark.slow
 def test_teachers_of_one_shape_from_their_start(tmp_path, monkeypatch):
     sizes = counted(monkeypatch)
     names = ("cca", "procrustes")
@@ -297,6 +298,7 @@ def test_sigterm_saves_all(tmp_path, monkeypatch):
         checkpoints.close()
 
 
+@pytest.mark.slow
 def test_a_group_whose_turn_had_not_come_goes_on_as_well(tmp_path):
     """Directories of later groups hold nothing until their runs are started."""
     configs = [config(objective="sail", seed=s, model__dim=d) for d in (16, 8) for s in (0, 1)]

@@ -108,7 +108,6 @@ CASES = {
 SAMPLE = (
     "klot",
     "klot streamed, rows from disk",
-    "sail_semi",
     "structure, mixtures, rows from disk",
 )
 

@@ -57,6 +57,7 @@ def alone(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_killing_one_process_ends_both_and_the_same_command_resumes(alone, tmp_path):
     group = start(tmp_path / "run", processes=2, devices=2)
     wait_for_checkpoint(tmp_path / "run", group)

@@ -102,7 +102,7 @@ def test_first_step_is_what_float64_numpy_says(config):
     assert int(state.step) == 1
 
 
-@pytest.mark.parametrize("most", [64, 10])
+@pytest.mark.parametrize("most", [pytest.param(64, marks=pytest.mark.slow), 10])
 def test_sharpness_is_that_of_the_first_rows_of_the_converged_plans(most, monkeypatch):
     monkeypatch.setattr(klot_module, "_LOOKED_AT", most)
     # Another width for each, since a compiled program knows no more of the number.
@@ -267,6 +267,7 @@ def test_a_warm_start_has_no_say_in_the_outcome():
         assert (metrics[f"train/{plan}_marginal_error"] < 1e-5).all()
 
 
+@pytest.mark.slow
 def test_a_warm_start_is_nearer_after_as_many_iterations():
     # Most rows are seen again, and with most of the same.
     fields = {"loss__iterations": 3, "loss__teacher_epsilon": 0.05, "data__n_unpaired": 72}
@@ -379,7 +380,7 @@ def test_each_divergence_falls_where_it_alone_counts(divergence):
     )
 
 
-@pytest.mark.parametrize("layer", ["mlp", "star"])
+@pytest.mark.parametrize("layer", ["mlp", pytest.param("star", marks=pytest.mark.slow)])
 def test_deeper_layers_train(layer):
     config = tiny(model__layer=layer, model__width_factor=1, objective="sail")
     _, metrics = Run(config).resident(20)
