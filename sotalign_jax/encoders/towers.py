@@ -100,7 +100,8 @@ def load_encoder(
         dtype: of weights and activations: ``"float32"``, ``"bfloat16"`` or ``"float16"``. Pooling
             and rows are float32.
         backend: ``"torch"``; ``"torchax"``, which runs the same network jitted by JAX; or
-            ``"auto"``, torchax where it is installed and can trace the model.
+            ``"auto"``, torchax where it is installed, JAX has an accelerator and the model can be
+            traced.
         batch_size: items that go through the model at once, with torchax rounded up to a multiple
             of the devices.
         devices: of this process, over which torchax spreads the items; 0 takes all. PyTorch takes

@@ -748,6 +748,8 @@ def test_auto_takes_pytorch_where_torchax_cannot(saved, monkeypatch):
         raise NotImplementedError("no such operation\nat all")
 
     folder = saved("bert")
+    assert load(folder, "text", pooling="mean").description.settings["backend"] == "torch"
+    monkeypatch.setattr(backends, "_has_accelerator", lambda: True)
     assert load(folder, "text", pooling="mean").description.settings["backend"] == "torchax"
     monkeypatch.setattr(backends.JaxBackend, "trace", lacking)
     with pytest.raises(ValueError, match=r"^backend: torchax cannot trace .*no such operation\)"):

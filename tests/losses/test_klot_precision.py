@@ -41,7 +41,7 @@ def marginal_error(affinity, truth, epsilon, threshold):
 class TestMarginalErrors:
     """The teacher's problem, at the epsilons of the paper and of the authors' code."""
 
-    @pytest.mark.parametrize("kind", ["cca", "random"])
+    @pytest.mark.parametrize("kind", ["cca", pytest.param("random", marks=pytest.mark.slow)])
     @pytest.mark.parametrize("epsilon", [0.01, 0.005])
     def test_three_products_do_no_harm_and_one_does(self, kind, epsilon):
         image, text = unit_rows_of(kind)

@@ -712,6 +712,7 @@ def test_sigterm_stops_a_comparison(tmp_path, monkeypatch):
     assert compare(tmp_path / "cut") == through
 
 
+@pytest.mark.slow
 def test_a_process_that_got_sigterm_exits_with_status_0_and_goes_on(tmp_path):
     fields = {"objective": "sail", "steps": 4_000, "log_every": 100, "select": "best",
               "checkpoint_every": 2_000, "eval_every": 0}  # fmt: skip

@@ -108,7 +108,7 @@ CASES = {
 SAMPLE = (
     "klot",
     "klot streamed, rows from disk",
-    "structure, mixtures, rows from disk",
+    "sail_semi",
 )
 
 
