@@ -38,8 +38,8 @@ Arrays = Mapping[str, np.ndarray]
 
 def choose_backend(backend: str) -> str:
     """``"torch"`` or ``"torchax"``, which ``"auto"`` is where it is installed and JAX has an
-    accelerator. On CPUs PyTorch is as fast for products of matrices, and faster for convolutions;
-    and it may have an accelerator that JAX was installed without.
+    accelerator. On CPUs PyTorch is nearly as fast for products of matrices and faster for
+    convolutions, and it may have an accelerator that JAX was installed without.
 
     Raises:
         ValueError: an unknown backend.

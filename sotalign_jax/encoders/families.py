@@ -55,6 +55,13 @@ _IMAGE_OF_TWO = Family(call="get_image_features", own="pooler_output", pooling=M
 _TEXT_OF_TWO = Family(call="get_text_features", own="pooler_output", pooling=MODEL_POOLING)
 # Stages of growing width; what pools them is a mean, and maybe a norm of that.
 _STAGES = Family(cls=False, own="pooler_output", pooling=MODEL_POOLING, layers=False)
+_SIGLIP_TEXT = Family(
+    "SiglipTextModel",
+    norm="final_layer_norm",
+    own="pooler_output",
+    pooling=MODEL_POOLING,
+    masked=False,
+)
 _T5 = Family("T5EncoderModel", norm="final_layer_norm")
 
 FAMILIES: dict[tuple[str, str], Family] = {
@@ -86,20 +93,8 @@ FAMILIES: dict[tuple[str, str], Family] = {
         own="pooler_output",
         pooling=MODEL_POOLING,
     ),
-    ("siglip", "text"): Family(
-        "SiglipTextModel",
-        norm="final_layer_norm",
-        own="pooler_output",
-        pooling=MODEL_POOLING,
-        masked=False,
-    ),
-    ("siglip2", "text"): Family(
-        "Siglip2TextModel",
-        norm="final_layer_norm",
-        own="pooler_output",
-        pooling=MODEL_POOLING,
-        masked=False,
-    ),
+    ("siglip", "text"): _SIGLIP_TEXT,
+    ("siglip2", "text"): dataclasses.replace(_SIGLIP_TEXT, loader="Siglip2TextModel"),
     ("metaclip_2", "image"): dataclasses.replace(_IMAGE_OF_TWO, norm="post_layernorm"),
     ("metaclip_2", "text"): dataclasses.replace(_TEXT_OF_TWO, norm="final_layer_norm"),
     ("altclip", "image"): dataclasses.replace(_IMAGE_OF_TWO, norm="post_layernorm"),

@@ -150,8 +150,8 @@ class FloatImagePreprocessor:
 class TextPreprocessor:
     """A text to ``{"input_ids": (tokens,)}``: prompt before it, cut at its end, not padded.
 
-    White space around prompt and text is taken off, as sentence-transformers does: of many
-    tokenizers a space at the end would be one more token.
+    White space around prompt and text is taken off, as earlier versions of sentence-transformers
+    did: of many tokenizers a space at the end would be one more token.
 
     Args:
         tokenizer: of transformers.
